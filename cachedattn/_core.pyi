@@ -1,0 +1,89 @@
+"""Bindings of the C++ store (csrc/store/attention_store.h). Use `cachedattn.AttentionStore`."""
+
+from collections.abc import Callable, Sequence as Seq
+
+import numpy as np
+
+class StoreError(RuntimeError):
+    """An operating error of a store. `code` is one of 'mismatch', 'corrupt', 'exhausted', 'io',
+    'busy', 'closed'."""
+
+    code: str
+
+class CachedTokens:
+    total: int  # longest reusable history, dropped tokens included
+    by_tier: dict[str, int]  # {'device': n, 'dram': n, 'ssd': n}, tokens of the context
+
+class Chain:
+    """A request's tokens as block keys; append-only."""
+
+    num_tokens: int
+    def append(self, tokens: np.ndarray | Seq[int]) -> None: ...
+    def tokens(self) -> np.ndarray: ...  # int32 copy
+    def context_tokens(self, num_tokens: int) -> np.ndarray:
+        """Token ids of the context when `num_tokens` tokens are in it (cut blocks left out)."""
+
+class Sequence:
+    """A running turn."""
+
+    id: int
+    cached: CachedTokens
+    num_computed_tokens: int
+    context_len: int
+    room: int
+    loading: bool
+    def block_table(self) -> np.ndarray: ...  # int32 copy, slots in order
+    def reserve(self, num_tokens: int) -> bool: ...  # False: the pool is full
+    def wait_layer(self, layer: int) -> bool: ...  # False: drop this step and the sequence
+    def layer_done(self, layer: int, num_tokens: int) -> None: ...
+    def append(self, tokens: np.ndarray | Seq[int]) -> None: ...
+    def truncate(self) -> None: ...
+    def commit(self) -> None: ...
+    def close(self) -> None: ...  # without commit: what was not saved is dropped
+
+class TraceEvent:
+    time_ns: int
+    kind: str  # 'read_start', 'read_end', 'load_start', ..., as TraceKind
+    sequence: int
+    first_layer: int
+    num_layers: int
+    slot: int
+
+class AttentionStore:
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: str,  # 'float32', 'bfloat16', 'float16'
+        identity: bytes,  # 32 bytes
+        model_name: str,
+        device_bytes: int,
+        dram_bytes: int,
+        ssd_bytes: int,
+        path: str,
+        policy: str,  # 'lookahead', 'lru', 'fifo'
+        dram_reserve: float,
+        io: str,  # 'auto', 'uring', 'threads'
+        io_depth: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> None: ...
+    handle: int
+    io_report: str
+    def close(self) -> None: ...
+    def new_chain(
+        self, tokens: np.ndarray | Seq[int], tenant: str, window: int, ratio: float, keep_first: int
+    ) -> Chain: ...
+    def set_queue(self, waiting: Seq[Chain]) -> None: ...
+    def lookup(self, chain: Chain) -> CachedTokens: ...
+    def begin(self, chain: Chain, max_history: int = ...) -> Sequence | None:
+        """Takes the chain over. None: no room now, the chain stays usable."""
+    def poll(self) -> None: ...
+    def flush(self) -> None: ...
+    def drop_tier(self, tier: str) -> None: ...
+    def stats(self) -> dict[str, object]: ...
+    def enable_trace(self, on: bool) -> None: ...
+    def take_trace(self) -> list[TraceEvent]: ...
+    def check_invariants(self) -> None: ...

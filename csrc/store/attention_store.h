@@ -1,0 +1,180 @@
+// AttentionStore: keeps conversations' KV in device memory, DRAM and SSD, and brings it back.
+//
+// One control thread (design D8): every call below belongs to the thread that opened the store.
+// I/O and copies run elsewhere; their completions take effect in Poll, WaitLayer and Flush. Only
+// WaitLayer, Flush and Close block.
+//
+// A turn: NewChain (tokens -> block keys), SetQueue while it waits, Begin (pins the history,
+// starts loads), then per step Reserve -> for each layer WaitLayer, compute, LayerDone -> Append,
+// and at the end Commit. A cache failure is a miss, never an error (design D5).
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "csrc/base/block_key.h"
+#include "csrc/base/kv_layout.h"
+#include "csrc/base/status.h"
+#include "csrc/io/io_engine.h"
+#include "csrc/store/chain.h"
+
+namespace cachedattn {
+
+enum class PolicyKind : uint8_t { kLookahead = 0, kLru = 1, kFifo = 2 };
+
+struct StoreOptions {
+  KvLayout layout;
+  Digest identity;              // of the model and everything the KV depends on but the tokens
+  std::string model_name;       // for messages
+  uint64_t device_bytes = 0;    // emulated device pool; 0: the block table points at DRAM slots
+  uint64_t dram_bytes = 0;      // hard cap of the DRAM slab, running sequences included
+  uint64_t ssd_bytes = 0;       // hard cap of the file; 0: no SSD tier
+  std::string path;             // directory of the SSD tier
+  PolicyKind policy = PolicyKind::kLookahead;
+  double dram_reserve = 0.1;    // share of DRAM slots kept free so that a fetch never waits
+  IoKind io = IoKind::kAuto;
+  uint32_t io_depth = 64;
+  std::function<void(uint64_t done, uint64_t total)> progress;  // of the scan at open
+};
+
+// How much of a chain's context is resident, in tokens, by the fastest tier that holds it.
+struct CachedTokens {
+  uint32_t total = 0;                  // length of the longest reusable history
+  uint32_t by_tier[kNumTiers] = {};    // context tokens served from each tier; sums to the
+                                       // context's share of `total`
+};
+
+// A timed event, for traces and tests. Times are CLOCK_MONOTONIC nanoseconds.
+enum class TraceKind : uint8_t {
+  kReadStart, kReadEnd,        // SSD -> DRAM, a group of layers of one block
+  kLoadStart, kLoadEnd,        // DRAM -> device, one layer slice
+  kSaveStart, kSaveEnd,        // device -> DRAM, one layer slice
+  kWriteStart, kWriteEnd,      // DRAM -> SSD, one block
+  kWaitStart, kWaitEnd,        // WaitLayer; compute of `layer` runs from kWaitEnd ..
+  kComputeEnd,                 // .. to LayerDone
+  kEvict,                      // a DRAM or SSD copy went away
+};
+struct TraceEvent {
+  int64_t time_ns = 0;
+  TraceKind kind = TraceKind::kWaitStart;
+  uint64_t sequence = 0;       // 0: none
+  uint32_t first_layer = 0;
+  uint32_t num_layers = 0;
+  SlotId slot = kNoSlot;       // the source slot of a move
+};
+
+struct TierStats {
+  uint32_t capacity_slots = 0, used_slots = 0, pinned_slots = 0;
+  uint64_t capacity_bytes = 0;
+};
+struct StoreStats {
+  TierStats tiers[kNumTiers];
+  uint64_t turns = 0, tokens_requested = 0;
+  uint64_t tokens_from[kNumTiers] = {};      // reused history tokens, by serving tier
+  uint64_t ssd_bytes_read = 0, ssd_bytes_written = 0;
+  uint64_t evictions[kNumTiers] = {};
+  uint64_t failed_loads = 0, checksum_failures = 0, failed_saves = 0;
+  uint32_t reads_in_flight = 0, writes_in_flight = 0, saves_waiting = 0;
+};
+
+class Sequence;
+
+class CA_API AttentionStore {
+ public:
+  // kInvalidArgument names the option; the SSD tier's errors are those of SsdTier::Open.
+  static Result<std::unique_ptr<AttentionStore>> Open(const StoreOptions& options);
+  virtual ~AttentionStore() = default;  // Close, errors ignored
+
+  // Lands every save, records the counters, closes the file. Sequences must be gone.
+  virtual Status Close() = 0;
+
+  // Key chain of `tokens` for this store's model.
+  virtual std::unique_ptr<Chain> NewChain(std::string tenant, const Truncation& truncation) = 0;
+
+  // Publishes the waiting queue, next to run first. Starts prefetches, protects what they need
+  // (design D6). The chains are not kept.
+  virtual void SetQueue(std::span<const Chain* const> waiting) = 0;
+
+  virtual CachedTokens Lookup(const Chain& chain) = 0;
+
+  // Starts a turn over `chain`: pins its longest reusable history (at most `max_history` tokens,
+  // and always less than the whole chain, so that one token is left to compute) and starts the
+  // loads. kExhausted when the pool cannot hold it now; nothing is changed then.
+  virtual Result<std::unique_ptr<Sequence>> Begin(std::unique_ptr<Chain> chain,
+                                                  uint32_t max_history) = 0;
+
+  // Lets finished I/O take effect, starts what is due. Never blocks.
+  virtual void Poll() = 0;
+
+  // Waits until every save has landed (or failed).
+  virtual void Flush() = 0;
+
+  // Drops every copy in `tier` that nothing uses; kDram lands unsaved blocks on SSD first.
+  virtual void DropTier(Tier tier) = 0;
+
+  virtual StoreStats stats() const = 0;
+  virtual const std::string& io_report() const = 0;  // engine chosen, and why
+  virtual void EnableTrace(bool on) = 0;             // clears the trace
+  virtual std::vector<TraceEvent> TakeTrace() = 0;
+  virtual void CheckInvariants() const = 0;          // aborts on a broken one
+
+  // The pool that block tables index: slot 0 layer 0 of it, and the distances, in bytes.
+  struct PoolView {
+    std::byte* base;
+    uint32_t num_slots;
+    uint64_t slot_stride, layer_stride;
+  };
+  virtual PoolView pool() const = 0;
+  virtual const KvLayout& layout() const = 0;
+};
+
+// A running turn: the context as a list of blocks, and the right to append to it.
+// Destroying it without Commit drops what was not yet saved.
+class CA_API Sequence {
+ public:
+  virtual ~Sequence() = default;
+
+  virtual uint64_t id() const = 0;
+  // History tokens found by Begin (absolute, dropped ones included), and where they came from.
+  virtual const CachedTokens& cached() const = 0;
+  // Tokens of the chain whose KV has been computed or loaded, dropped ones included.
+  virtual uint32_t num_computed_tokens() const = 0;
+  // Tokens in the context now; the next token's position is this.
+  virtual uint32_t context_len() const = 0;
+  // Slots of the context's blocks in order, the reserved ones included.
+  virtual std::span<const int32_t> block_table() const = 0;
+  // Tokens that fit before the window is full; 0: call Truncate first. UINT32_MAX: no window.
+  virtual uint32_t room() const = 0;
+
+  // Makes sure that slots for `num_tokens` more tokens are in the block table. kExhausted: the
+  // pool is full of running sequences; nothing is changed. REQUIRES: num_tokens <= room().
+  virtual Status Reserve(uint32_t num_tokens) = 0;
+
+  // True while some layer has not landed; WaitLayer need not be called when false.
+  virtual bool loading() const = 0;
+  // Waits until layer `layer` of the history is in its slots. kCorrupt or kIo when it cannot be:
+  // the failed block is no longer findable; drop this step and the sequence, and begin again.
+  virtual Status WaitLayer(uint32_t layer) = 0;
+  // Layer `layer` of this step's `num_tokens` new tokens is in the slots: its save may start.
+  virtual void LayerDone(uint32_t layer, uint32_t num_tokens) = 0;
+
+  // The step is done: these tokens (the next of the chain, or newly generated ones) have their KV
+  // in the slots. Full blocks become findable and their saves start.
+  virtual void Append(std::span<const TokenId> tokens) = 0;
+
+  // Cuts the context by the chain's truncation rule. REQUIRES: room() == 0.
+  virtual void Truncate() = 0;
+
+  // Ends the turn: the part-filled tail becomes findable too, pins are dropped.
+  virtual void Commit() = 0;
+};
+
+// Live stores by handle, for torch ops that receive a store as an int64 (design D10).
+CA_API int64_t RegisterStore(AttentionStore* store);
+CA_API void UnregisterStore(int64_t handle);
+CA_API AttentionStore* FindStore(int64_t handle);  // nullptr: unknown or closed
+
+}  // namespace cachedattn
