@@ -92,7 +92,8 @@ class CA_API AttentionStore {
   virtual Status Close() = 0;
 
   // Key chain of `tokens` for this store's model.
-  virtual std::unique_ptr<Chain> NewChain(std::string tenant, const Truncation& truncation) = 0;
+  virtual std::shared_ptr<Chain> NewChain(std::string_view tenant,
+                                          const Truncation& truncation) = 0;
 
   // Publishes the waiting queue, next to run first. Starts prefetches, protects what they need
   // (design D6). The chains are not kept.
@@ -102,8 +103,9 @@ class CA_API AttentionStore {
 
   // Starts a turn over `chain`: pins its longest reusable history (at most `max_history` tokens,
   // and always less than the whole chain, so that one token is left to compute) and starts the
-  // loads. kExhausted when the pool cannot hold it now; nothing is changed then.
-  virtual Result<std::unique_ptr<Sequence>> Begin(std::unique_ptr<Chain> chain,
+  // loads. The sequence appends to the chain. kExhausted when the pool cannot hold it now;
+  // nothing is changed then.
+  virtual Result<std::unique_ptr<Sequence>> Begin(std::shared_ptr<Chain> chain,
                                                   uint32_t max_history) = 0;
 
   // Lets finished I/O take effect, starts what is due. Never blocks.
