@@ -107,12 +107,12 @@ struct PyStore {
   }
 };
 
+// Members go in reverse order, so the sequence ends before what it uses.
 struct PySequence {
   std::shared_ptr<PyStore> owner;
   std::shared_ptr<Chain> chain;
   std::unique_ptr<Sequence> sequence;
 
-  ~PySequence() { sequence.reset(); }
   Sequence& get() {
     if (!sequence) Raise(Status(Code::kClosed, "the sequence has ended"));
     return *sequence;
