@@ -1,0 +1,136 @@
+"""A request: one turn on its way through the engine; and its reply."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from cachedattn.sampling import Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from cachedattn._core import Chain, Sequence
+    from cachedattn.tokenizer import TextStream
+
+# Sees the logits [rows, vocab] of every row computed for a request, with the index in the
+# request's tokens of the first row's input token.
+LogitsHook = Callable[["Request", int, torch.Tensor], None]
+
+
+class RequestState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of a request."""
+
+    text: str  # '' without a tokenizer
+    token_ids: list[int]  # generated, the ending token included
+    finish_reason: str  # 'stop', 'length', 'abort'
+    num_prompt_tokens: int
+    num_cached_tokens: int  # history that was not recomputed, dropped tokens included
+    cached_from: dict[str, int]  # context tokens by tier: 'device', 'dram', 'ssd'
+    ttft_s: float  # from the request's arrival to its first token
+    duration_s: float  # from the request's arrival to its end
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A generated token and the text that became certain with it (may be '')."""
+
+    token_id: int
+    text: str
+
+
+@dataclass(eq=False)
+class Request:
+    """One turn. `tokens` are the prompt and what was generated; the KV of the first
+    `sequence.num_computed_tokens` of them is in the sequence's slots."""
+
+    id: int
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    eos_token_ids: frozenset[int]
+    keep_first: int  # tokens that a cut never drops
+    arrival_s: float = field(default_factory=time.perf_counter)
+    text_stream: TextStream | None = None
+    on_logits: LogitsHook | None = None
+
+    state: RequestState = RequestState.WAITING
+    chain: Chain | None = None
+    sequence: Sequence | None = None
+    output_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+    num_cached_tokens: int = 0
+    cached_from: dict[str, int] = field(default_factory=dict)
+    first_token_s: float = 0.0
+    end_s: float = 0.0
+    max_total_tokens: int = 2**31 - 1  # prompt and output, where no cut makes room
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt_ids)
+        self.sampler = Sampler(self.sampling)
+        self.deltas: list[Delta] = []  # not yet taken by stream()
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens known but not computed; the last of them gives the next token."""
+        assert self.sequence is not None
+        return len(self.tokens) - self.sequence.num_computed_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.state is RequestState.FINISHED
+
+    def accept(self, token: int) -> None:
+        """Takes a newly chosen token; sets `finish_reason` when it is the last."""
+        if not self.output_ids:
+            self.first_token_s = time.perf_counter()
+        self.output_ids.append(token)
+        self.tokens.append(token)
+        is_end = token in self.sampling.stop_token_ids
+        is_end |= not self.sampling.ignore_eos and token in self.eos_token_ids
+        text = ""
+        if self.text_stream is not None:
+            if not is_end:
+                text = self.text_stream.push(token)
+            is_end |= self.text_stream.stopped
+        if is_end:
+            self.finish_reason = "stop"
+        elif len(self.output_ids) >= self.sampling.max_tokens:
+            self.finish_reason = "length"
+        elif len(self.tokens) >= self.max_total_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason and self.text_stream is not None:
+            text += self.text_stream.finish()
+        self.deltas.append(Delta(token, text))
+
+    def end(self, reason: str = "") -> None:
+        """The turn is over; the sequence has been committed or closed."""
+        self.finish_reason = reason or self.finish_reason
+        self.state = RequestState.FINISHED
+        self.end_s = time.perf_counter()
+        self.sequence = None
+        self.chain = None
+
+    def reply(self) -> Reply:
+        """REQUIRES: finished."""
+        assert self.finished
+        started = self.first_token_s or self.end_s
+        return Reply(
+            text=self.text_stream.text if self.text_stream else "",
+            token_ids=list(self.output_ids),
+            finish_reason=self.finish_reason,
+            num_prompt_tokens=len(self.prompt_ids),
+            num_cached_tokens=self.num_cached_tokens,
+            cached_from=dict(self.cached_from),
+            ttft_s=started - self.arrival_s,
+            duration_s=self.end_s - self.arrival_s,
+        )

@@ -1,0 +1,142 @@
+"""AttentionStore: keeps conversations' KV in device memory, DRAM and SSD, and brings it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from cachedattn import _core
+from cachedattn.config import KvLayout, StoreConfig, Truncation, parse_size
+
+if TYPE_CHECKING:
+    from cachedattn._core import CachedTokens, Chain, Sequence, TraceEvent
+
+NO_LIMIT = 2**32 - 1
+
+
+class AttentionStore:
+    """The store of one model's KV. Belongs to the thread that opened it.
+
+    `kv[layer]` is the pool that block tables index: [slots, 2, num_kv_heads, block_size,
+    head_dim], K before RoPE. StoreError (with `.code`) from opening and closing; misses are
+    results. `progress(done, total)` follows the scan of an existing SSD file.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        layout: KvLayout,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self._core = _core.AttentionStore(
+            num_layers=layout.num_layers,
+            num_kv_heads=layout.num_kv_heads,
+            head_dim=layout.head_dim,
+            block_size=config.block_size,
+            dtype=layout.dtype,
+            identity=layout.identity,
+            model_name=layout.model_name,
+            device_bytes=parse_size(config.device),
+            dram_bytes=parse_size(config.dram),
+            ssd_bytes=parse_size(config.ssd),
+            path=config.path,
+            policy=config.policy,
+            dram_reserve=config.dram_reserve,
+            io=config.io,
+            io_depth=config.io_depth,
+            progress=progress,
+        )
+        self._closed = False
+        # Tells the model whether anything listens to `layer_done`: saves leave a device pool
+        # layer by layer, a DRAM pool has nothing to copy.
+        self.needs_layer_done = parse_size(config.device) > 0
+        handle = self._core.handle
+        self.kv = [
+            torch.ops.cachedattn.kv_pool_layer(handle, layer) for layer in range(layout.num_layers)
+        ]
+
+    @property
+    def io_report(self) -> str:
+        """The I/O engine chosen at open, and why."""
+        return self._core.io_report
+
+    def __enter__(self) -> AttentionStore:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lands every save and closes the file. Sequences must be gone. Twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self.kv = []  # views of memory that goes away
+            self._core.close()
+
+    def new_chain(
+        self,
+        tokens: Iterable[int],
+        *,
+        tenant: str = "",
+        window: int = 0,
+        truncation: Truncation | None = None,
+    ) -> Chain:
+        """The block keys of `tokens`. window 0: the context never overflows."""
+        truncation = truncation or Truncation()
+        return self._core.new_chain(
+            np.asarray(list(tokens), np.int32),
+            tenant,
+            window,
+            truncation.ratio,
+            truncation.keep_first,
+        )
+
+    def set_queue(self, waiting: list[Chain]) -> None:
+        """Publishes the waiting queue, next to run first: what to prefetch, what to keep."""
+        self._core.set_queue(waiting)
+
+    def lookup(self, chain: Chain) -> CachedTokens:
+        """The longest reusable history of `chain`, and where it is."""
+        return self._core.lookup(chain)
+
+    def begin(self, chain: Chain, max_history: int = NO_LIMIT) -> Sequence | None:
+        """Starts a turn over `chain` and the loads of its history; None: no room now."""
+        return self._core.begin(chain, max_history)
+
+    def poll(self) -> None:
+        """Lets finished I/O take effect and starts what is due. Never blocks."""
+        self._core.poll()
+
+    def flush(self) -> None:
+        """Waits until every save has landed or failed."""
+        self._core.flush()
+
+    def drop_tier(self, tier: str) -> None:
+        """Drops every copy in `tier` that nothing uses; 'dram' lands on the SSD first."""
+        self._core.drop_tier(tier)
+
+    def stats(self) -> dict[str, object]:
+        return self._core.stats()
+
+    def enable_trace(self, on: bool = True) -> None:
+        """Records timed events (clears those recorded)."""
+        self.needs_layer_done = on or parse_size(self.config.device) > 0
+        self._core.enable_trace(on)
+
+    def take_trace(self) -> list[TraceEvent]:
+        return self._core.take_trace()
+
+    def check_invariants(self) -> None:
+        """Aborts the process on a broken invariant; for tests."""
+        self._core.check_invariants()
