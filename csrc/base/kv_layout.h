@@ -25,6 +25,7 @@ struct KvLayout {
 
   static constexpr uint32_t kMaxLayers = 256;  // the header page holds one checksum a layer
   static constexpr uint64_t kHeaderBytes = kPage;
+  static constexpr uint64_t kMaxSlotBytes = 1ull << 30;  // a block is one I/O request
 
   // Bytes of one layer slice (K next to V), and the distance from one to the next.
   uint64_t slice_bytes() const {
@@ -35,9 +36,7 @@ struct KvLayout {
   uint64_t host_slot_bytes() const { return kHeaderBytes + payload_bytes(); }
 
   // Where layer `layer` begins, from the start of the slot.
-  uint64_t host_slice_offset(uint32_t layer) const {
-    return kHeaderBytes + layer * slice_stride();
-  }
+  uint64_t host_slice_offset(uint32_t layer) const { return kHeaderBytes + layer * slice_stride(); }
   uint64_t device_slice_offset(uint32_t layer) const { return layer * slice_stride(); }
 
   uint64_t bytes_per_token() const { return slice_bytes() * num_layers / block_size; }

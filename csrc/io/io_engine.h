@@ -5,6 +5,7 @@
 // until Poll. An error is a result, never an exception.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -43,7 +44,7 @@ class IoEngine {
   virtual uint32_t depth() const = 0;
   virtual uint32_t in_flight() const = 0;
 
-  virtual const char* name() const = 0;       // "io_uring" or "threads"
+  virtual const char* name() const = 0;        // "io_uring" or "threads"
   virtual const std::string& why() const = 0;  // what was chosen, and why not the better one
 };
 
@@ -51,8 +52,10 @@ enum class IoKind : uint8_t { kAuto = 0, kUring = 1, kThreads = 2 };
 
 struct IoOptions {
   IoKind kind = IoKind::kAuto;
-  uint32_t depth = 64;                    // requests in flight, 1 to 4096
-  std::span<std::byte> registered = {};   // slab that most requests use; registered if allowed
+  uint32_t depth = 64;                   // requests in flight, 1 to 4096
+  std::span<std::byte> registered = {};  // slab that most requests use; registered if allowed
+  // Tests put a fault-injecting engine around the real one here.
+  std::function<std::unique_ptr<IoEngine>(std::unique_ptr<IoEngine>)> wrap = nullptr;
 };
 
 // Opens an engine on `fd`, which the caller keeps open until the engine is gone. kAuto takes

@@ -1,0 +1,34 @@
+#include "csrc/io/io_engine.h"
+
+#include "csrc/io/thread_engine.h"
+#include "csrc/io/uring_engine.h"
+
+namespace cachedattn {
+namespace {
+
+Result<std::unique_ptr<IoEngine>> OpenChosen(int fd, const IoOptions& options) {
+  if (options.kind == IoKind::kThreads) {
+    return OpenThreadEngine(fd, options, "pread/pwrite threads, as asked for");
+  }
+  Result<std::unique_ptr<IoEngine>> uring = OpenUringEngine(fd, options);
+  if (uring.ok()) return uring;
+  if (options.kind == IoKind::kUring) {
+    return Status(Code::kIo, "io_uring was asked for and is refused: " + uring.status().message());
+  }
+  return OpenThreadEngine(fd, options,
+                          "pread/pwrite threads; io_uring is refused: " + uring.status().message());
+}
+
+}  // namespace
+
+Result<std::unique_ptr<IoEngine>> OpenIoEngine(int fd, const IoOptions& options) {
+  if (options.depth < 1 || options.depth > 4096) {
+    return Status(Code::kInvalidArgument,
+                  "io depth is " + std::to_string(options.depth) + ", must be 1 to 4096");
+  }
+  Result<std::unique_ptr<IoEngine>> engine = OpenChosen(fd, options);
+  if (engine.ok() && options.wrap) return options.wrap(std::move(engine.value()));
+  return engine;
+}
+
+}  // namespace cachedattn
