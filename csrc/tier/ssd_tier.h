@@ -5,6 +5,7 @@
 // bytes are those of a DRAM slot, so a write takes a whole host slot and a read lands in one.
 #pragma once
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <string>
@@ -18,7 +19,7 @@
 namespace cachedattn {
 
 struct SsdOptions {
-  std::string directory;   // made with mode 0700 if absent; holds `blocks` and `LOCK`
+  std::string directory;  // made with mode 0700 if absent; holds `blocks` and `LOCK`
   KvLayout layout;
   Digest identity;         // a store of another identity is refused (kMismatch)
   std::string model_name;  // for messages only
@@ -32,7 +33,7 @@ struct BlockHeader {
   BlockKey key;
   BlockKey parent;
   uint32_t num_tokens = 0;
-  uint32_t depth = 0;  // index of the block in its chain, from 0
+  uint32_t depth = 0;       // index of the block in its chain, from 0
   uint64_t generation = 0;  // grows with every write; the newer of two slots with one key wins
   bool operator==(const BlockHeader&) const = default;
 };
@@ -57,6 +58,21 @@ struct SsdCompletion {
   Status status;  // kCorrupt: a checksum or the header did not match, twice
 };
 
+// What a store's superblock says: enough for a reader to fill SsdOptions.
+struct SsdInfo {
+  KvLayout layout;
+  Digest identity;
+  std::string model_name;
+  std::array<uint8_t, 16> uuid{};
+  uint32_t num_slots = 0;
+  bool clean = false;  // the last process that could write ended with Sync
+  StoreCounters counters;
+};
+
+// Reads the superblock of the store in `directory`, of any model. kIo, kMismatch (another format
+// version) or kCorrupt as for SsdTier::Open. Takes no lock and writes nothing.
+CA_API Result<SsdInfo> ReadSsdInfo(const std::string& directory);
+
 class CA_API SsdTier {
  public:
   // Creates or opens the file. kMismatch names the field in which an existing store differs;
@@ -66,8 +82,8 @@ class CA_API SsdTier {
 
   virtual uint32_t num_slots() const = 0;
 
-  // Reads every slot's header; damaged or empty slots are left out. `progress(done, total)` may
-  // be empty.
+  // Reads every slot's header; damaged or empty slots are left out, and of two slots with one key
+  // the newer is kept. `progress(done, total)` may be empty. REQUIRES: nothing in flight.
   virtual Result<std::vector<ScannedBlock>> Scan(
       const std::function<void(uint64_t, uint64_t)>& progress) = 0;
 
@@ -90,13 +106,14 @@ class CA_API SsdTier {
   // Moves finished operations to `out` (appends). Waits up to `timeout_us` for the first one.
   virtual void Poll(std::vector<SsdCompletion>* out, int64_t timeout_us) = 0;
 
-  // Makes what was written durable and records the counters. REQUIRES: nothing in flight.
+  // Makes what was written durable and records the counters; the last call before the end.
+  // REQUIRES: nothing in flight, not read_only.
   virtual Status Sync(const StoreCounters& counters) = 0;
 
-  virtual StoreCounters counters() const = 0;   // as the last clean close left them
+  virtual StoreCounters counters() const = 0;  // as the last clean close left them
   virtual uint64_t bytes_read() const = 0;
   virtual uint64_t bytes_written() const = 0;
-  virtual uint64_t checksum_failures() const = 0;
+  virtual uint64_t checksum_failures() const = 0;  // times that a check failed, re-reads included
   virtual const char* io_name() const = 0;
   virtual const std::string& io_why() const = 0;
 };
