@@ -1,0 +1,107 @@
+// attn_paged on CPU: hands (plan item, KV head) pairs to workers, merges split states.
+//
+// One parallel region per call. Workers take tasks from a shared counter; the worker that finishes
+// a group's last split merges the group, always in split order, so the result does not depend on
+// who ran what.
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "csrc/kernels/attn_plan.h"
+#include "csrc/kernels/cpu/isa.h"
+
+namespace cachedattn {
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+// Scratch that only grows, one per thread and use: no allocation on the hot path.
+class Scratch {
+ public:
+  float* Get(int64_t floats) {
+    if (floats > size_) {
+      data_.reset(static_cast<float*>(
+          ::operator new (floats * sizeof(float), std::align_val_t{kAlignment})));
+      size_ = floats;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Delete {
+    void operator()(float* data) const { ::operator delete (data, std::align_val_t{kAlignment}); }
+  };
+  std::unique_ptr<float[], Delete> data_;
+  int64_t size_ = 0;
+};
+
+struct Job {
+  const AttnParams& params;
+  const CpuKernels& kernels;
+  float* partials;                 // [partial_tokens * Hq] states, a group and head at a time
+  std::atomic<int32_t>* finished;  // [num_groups * H] splits done
+  std::atomic<int64_t> next{0};    // task = item * H + kv_head
+};
+
+void RunTask(Job* job, const PlanItem& item, int kv_head) {
+  static thread_local Scratch scratch;
+  const AttnParams& p = job->params;
+  const int group = p.num_q_heads / p.kv.num_kv_heads, dim = p.kv.head_dim;
+  const int64_t rows = int64_t{item.num_tokens} * group;
+  const AttnTask task = {item.seq,        kv_head,       item.row_begin,
+                         item.num_tokens, item.kv_begin, item.kv_end};
+  const int64_t state_floats = StateFloats(rows, dim);
+  float* memory = scratch.Get(job->kernels.scratch_floats(p, rows) + state_floats);
+  if (item.group < 0) {
+    float* states = memory + job->kernels.scratch_floats(p, rows);
+    job->kernels.attend(p, task, StateAt(states, rows, dim), memory);
+    job->kernels.finish(p, task, states, 1);
+    return;
+  }
+  float* states = job->partials + int64_t{item.partial_token} * p.num_q_heads * (dim + 2) +
+                  kv_head * item.num_splits * state_floats;
+  job->kernels.attend(p, task, StateAt(states + item.split * state_floats, rows, dim), memory);
+  std::atomic<int32_t>& finished = job->finished[item.group * p.kv.num_kv_heads + kv_head];
+  if (finished.fetch_add(1, std::memory_order_acq_rel) + 1 == item.num_splits) {
+    job->kernels.finish(p, task, states, item.num_splits);
+  }
+}
+
+void RunWorker(void* ctx, int) {
+  Job* job = static_cast<Job*>(ctx);
+  const PlanItem* items = ItemsOf(job->params.plan);
+  const int heads = job->params.kv.num_kv_heads;
+  const int64_t num_tasks = int64_t{HeaderOf(job->params.plan).num_items} * heads;
+  for (;;) {
+    const int64_t task = job->next.fetch_add(1, std::memory_order_relaxed);
+    if (task >= num_tasks) return;
+    RunTask(job, items[task / heads], static_cast<int>(task % heads));
+  }
+}
+
+}  // namespace
+
+void AttnPaged(const AttnParams& params, const Workers& workers) {
+  static thread_local Scratch partials, counters;
+  const PlanHeader& header = HeaderOf(params.plan);
+  const int64_t num_tasks = int64_t{header.num_items} * params.kv.num_kv_heads;
+  if (num_tasks == 0) return;
+  const int64_t num_counters = int64_t{header.num_groups} * params.kv.num_kv_heads;
+  static_assert(sizeof(std::atomic<int32_t>) == sizeof(float));
+  auto* finished = reinterpret_cast<std::atomic<int32_t>*>(counters.Get(num_counters));
+  for (int64_t i = 0; i < num_counters; ++i) new (finished + i) std::atomic<int32_t>(0);
+  Job job{
+      params, ActiveCpuKernels(),
+      partials.Get(int64_t{header.partial_tokens} * params.num_q_heads * (params.kv.head_dim + 2)),
+      finished};
+  const int n = static_cast<int>(std::min<int64_t>(workers.num_threads, num_tasks));
+  if (n <= 1) {
+    RunWorker(&job, 0);
+  } else {
+    workers.run(n, RunWorker, &job);
+  }
+}
+
+}  // namespace cachedattn
