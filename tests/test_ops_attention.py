@@ -1,0 +1,251 @@
+"""attn_plan and attn_paged against float64, and the promises around them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_reference import Case, relative_error
+
+from cachedattn import ops
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 8e-4}
+DTYPES = list(TOLERANCE)
+
+
+def check(case: Case) -> None:
+    out, lse = case.run(ops)
+    expected, expected_lse = case.reference()
+    assert out.dtype == case.dtype and lse.dtype == torch.float32
+    empty = expected_lse.isneginf()
+    assert torch.equal(lse.isneginf(), empty)
+    assert not out[empty].any()
+    assert relative_error(out, expected) <= TOLERANCE[case.dtype]
+    # A relative error of the whole hides a wrong row: every row on its own, with some room.
+    error = (out.double() - expected).norm(dim=2)
+    assert bool((error <= 8 * TOLERANCE[case.dtype] * expected.norm(dim=2).clamp(min=0.05)).all())
+    assert torch.allclose(lse[~empty].double(), expected_lse[~empty], rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_every_head_dim_in_decode_extend_and_prefill(dtype, head_dim, interleaved):
+    check(Case([1, 20, 70], [300, 200, 70], (6, 2), head_dim, dtype=dtype, interleaved=interleaved))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", [(2, 2), (9, 3), (8, 2), (7, 1), (10, 1)])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_every_group_and_block_size(dtype, heads, block_size):
+    check(Case([1, 3, 33], [150, 290, 65], heads, block_size=block_size, dtype=dtype))
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 2, 10, 16, 32, 48, 62, 64])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_partial_rotary(rotary_dim, interleaved, dtype):
+    case = Case([1, 40], [131, 90], rotary_dim=rotary_dim, interleaved=interleaved, dtype=dtype)
+    check(case)
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 64, 130])
+@pytest.mark.parametrize("flags", [{"window": 100}, {"softcap": 3.0}, {"sinks": True}])
+def test_flags_over_many_splits(q_len, flags):
+    check(Case([q_len], [1100], (6, 2), **flags))
+    check(Case([q_len], [1100], (6, 2), dtype=torch.bfloat16, **flags))
+
+
+def test_all_flags_together():
+    check(Case([5, 80], [600, 300], window=77, softcap=2.0, sinks=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_random_batches(data):
+    lengths = data.draw(
+        st.lists(st.tuples(st.integers(0, 90), st.integers(0, 330)), min_size=0, max_size=4)
+    )
+    kv_heads = data.draw(st.integers(1, 3))
+    case = Case(
+        [q for q, _ in lengths],
+        [kv for _, kv in lengths],
+        (kv_heads * data.draw(st.sampled_from([1, 3, 4, 7])), kv_heads),
+        head_dim=data.draw(st.sampled_from([16, 64, 80])),
+        block_size=data.draw(st.sampled_from([16, 64])),
+        dtype=data.draw(st.sampled_from(DTYPES)),
+        rotary_dim=data.draw(st.sampled_from([None, 0, 16])),
+        interleaved=data.draw(st.booleans()),
+        window=data.draw(st.sampled_from([0, 0, 1, 17, 100])),
+        softcap=data.draw(st.sampled_from([0.0, 0.0, 5.0])),
+        sinks=data.draw(st.booleans()),
+        seed=data.draw(st.integers(0, 1000)),
+    )
+    if lengths:
+        check(case)
+    else:
+        out, lse = case.run(ops)
+        assert out.shape == (0, *case.q.shape[1:]) and lse.shape == (0, case.heads[0])
+
+
+def test_rows_without_keys():
+    case = Case([2, 5, 0, 1], [0, 3, 40, 9])  # no key at all; more rows than keys; no row
+    check(case)
+    _, lse = case.run(ops)
+    assert lse[:4].isneginf().all() and not lse[4:].isneginf().any()
+
+
+def test_long_positions_keep_float32_accuracy():
+    # Needs the two-level tables: a float32 product of position and frequency loses 1e-4 here.
+    check(Case([1], [40000], (2, 1), head_dim=16, block_size=128))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("q_len", [1, 64])
+def test_no_worse_than_rotating_rounding_and_sdpa(dtype, q_len):
+    case = Case([q_len], [700], (9, 3), block_size=64, dtype=dtype)
+    expected, _ = case.reference()
+    out, _ = case.run(ops)
+    assert relative_error(out, expected) <= 1.5 * case.rounded_error(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output_does_not_depend_on_batch_mates_or_threads(dtype):
+    lengths = [(1, 900), (64, 700), (130, 130), (3, 40)]
+    batch = Case([q for q, _ in lengths], [kv for _, kv in lengths], (6, 2), dtype=dtype)
+    out, lse = batch.run(ops)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            args = list(batch.args(ops))
+            args[5] = batch.plan(ops, workers=count)
+            again, again_lse = ops.attn_paged(*args)
+            assert torch.equal(again, out) and torch.equal(again_lse, lse)
+    finally:
+        torch.set_num_threads(threads)
+    for b, (q_len, _) in enumerate(lengths):
+        rows = slice(int(batch.cu_q[b]), int(batch.cu_q[b + 1]))
+        cu_q = torch.tensor([0, q_len], dtype=torch.int32)
+        lens = batch.lens[b : b + 1]
+        plan = ops.attn_plan(cu_q, lens, *batch.heads, batch.block_size, 2)
+        alone, alone_lse = ops.attn_paged(
+            batch.q[rows],
+            batch.kv,
+            batch.block_table[b : b + 1],
+            lens,
+            cu_q,
+            plan,
+            *batch.tables(ops),
+            batch.scale,
+        )
+        assert torch.equal(alone, out[rows]) and torch.equal(alone_lse, lse[rows])
+
+
+def test_split_by_keys_then_merged_equals_the_whole():
+    # Decode over 96 keys = merge of attention over blocks 0-2 and 3-5 with no rotation.
+    whole = Case([1], [96], rotary_dim=0)
+    out, lse = whole.run(ops)
+    halves = []
+    for part in (slice(0, 3), slice(3, 6)):
+        table = whole.block_table[:, part].contiguous()
+        lens = torch.tensor([48], dtype=torch.int32)
+        plan = ops.attn_plan(whole.cu_q, lens, *whole.heads, whole.block_size, 1)
+        args = (whole.q, whole.kv, table, lens, whole.cu_q, plan, None, None, whole.scale)
+        halves.append(ops.attn_paged(*args))
+    merged, merged_lse = ops.merge_states(
+        torch.stack([o for o, _ in halves]), torch.stack([part_lse for _, part_lse in halves])
+    )
+    assert relative_error(merged, out) < 1e-6
+    assert torch.allclose(merged_lse, lse, atol=1e-5)
+
+
+def test_q_with_gaps_between_rows():
+    case = Case([4, 1], [60, 30])
+    out, _ = case.run(ops)
+    wide = torch.full((5, 8, 64), float("nan"))
+    wide[:, :4] = case.q
+    case.q = wide[:, :4]
+    assert torch.equal(case.run(ops)[0], out)
+
+
+def test_plan_is_a_function_of_the_lengths():
+    case = Case([64, 1], [700, 3000], poison=False)
+    assert torch.equal(case.plan(ops), case.plan(ops))
+
+
+BAD_PLANS = [
+    ({"cu_q": torch.tensor([1, 2], dtype=torch.int32)}, "cu_q: must begin with 0"),
+    ({"cu_q": torch.tensor([0], dtype=torch.int32)}, r"cu_q: must be \[2\]"),
+    ({"cu_q": torch.tensor([0, -1], dtype=torch.int32)}, "cu_q: must not decrease"),
+    ({"cu_q": torch.tensor([0, 1])}, "cu_q: must be int32, is int64"),
+    ({"kv_lens": torch.tensor([-4], dtype=torch.int32)}, "kv_lens: must not be negative"),
+    ({"num_q_heads": 5}, "num_q_heads: must be a multiple"),
+    ({"num_kv_heads": 0}, "num_q_heads: must be a multiple"),
+    ({"block_size": 48}, "block_size: must be 16, 32, 64 or 128"),
+    ({"workers": 0}, "workers: must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_PLANS)
+def test_plan_refuses(change, message):
+    good = {
+        "cu_q": torch.tensor([0, 1], dtype=torch.int32),
+        "kv_lens": torch.tensor([9], dtype=torch.int32),
+        "num_q_heads": 4,
+        "num_kv_heads": 2,
+        "block_size": 16,
+        "workers": 2,
+    }
+    ops.attn_plan(**good)
+    with pytest.raises(RuntimeError, match=message):
+        ops.attn_plan(**(good | change))
+
+
+def bad_calls() -> list[tuple[str, object, str]]:
+    i32 = torch.int32
+    return [
+        ("q", torch.zeros(1, 4, 64, dtype=torch.bfloat16), "q: must be float32, is bfloat16"),
+        ("q", torch.zeros(1, 4, 32), r"q: must be \[n, 4, 64\]"),
+        ("q", torch.zeros(4, 64), "q: must have 3 dimensions"),
+        ("q", torch.zeros(1, 3, 64), "q: its heads"),
+        ("q", torch.zeros(2, 4, 64), "cu_q: must end with 2"),
+        ("kv", torch.zeros(9, 2, 2, 16, 64, dtype=torch.float64), "kv: must be float32, bf"),
+        ("kv", torch.zeros(9, 3, 2, 16, 64), "kv: dimension 1 must be 2"),
+        ("kv", torch.zeros(9, 2, 2, 48, 64), "kv: block size must be"),
+        ("kv", torch.zeros(9, 2, 2, 16, 72), "kv: head_dim must be"),
+        ("kv", torch.zeros(9, 2, 2, 16, 128)[..., ::2], "kv: the last dimension must be contig"),
+        ("kv", torch.zeros(1, 2, 2, 16, 64), "block_table: slot .* outside"),
+        ("block_table", torch.full((1, 3), -1, dtype=i32), "block_table: slot -1 at"),
+        ("block_table", torch.zeros(1, 1, dtype=i32), "kv_lens: 40 at 0 needs 3 blocks"),
+        ("block_table", torch.zeros(2, 3, dtype=i32), "block_table: must have 1 rows"),
+        ("kv_lens", torch.tensor([39], dtype=i32), "plan: was not made"),
+        ("plan", torch.zeros(3, dtype=i32), "plan: was not made"),
+        ("plan", torch.zeros(14, dtype=i32), "plan: was not made"),
+        ("rope_lo", None, "rope_lo, rope_hi: give both"),
+        ("rope_lo", torch.zeros(255, 32, 2), "rope_lo: must be"),
+        ("rope_hi", torch.zeros(1, 16, 2), "rope_hi: must be"),
+        ("rope_hi", torch.zeros(0, 32, 2), "kv_lens: 40 at 0 is past 0"),
+        ("sm_scale", 0.0, "sm_scale: must be positive"),
+        ("window", -1, "window: must not be negative"),
+        ("softcap", -1.0, "softcap: must not be negative"),
+        ("sinks", torch.zeros(3), r"sinks: must be \[4\]"),
+    ]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), bad_calls())
+def test_attention_refuses(name, value, message):
+    case = Case([1], [40])
+    names = "q kv block_table kv_lens cu_q plan rope_lo rope_hi sm_scale interleaved window softcap"
+    good = dict(zip([*names.split(), "sinks"], case.args(ops), strict=True))
+    ops.attn_paged(**good)
+    with pytest.raises(RuntimeError, match=message):
+        ops.attn_paged(**(good | {name: value}))
+
+
+def test_attention_refuses_a_table_narrower_than_the_rotary_dim():
+    case = Case([1], [40], head_dim=16)
+    wide = Case([1], [40], head_dim=32)
+    args = list(case.args(ops))
+    args[6:8] = wide.tables(ops)
+    with pytest.raises(RuntimeError, match="rope_lo: rotary_dim 32 is larger than head_dim 16"):
+        ops.attn_paged(*args)

@@ -1,0 +1,200 @@
+"""rope_table, rope_apply_, kv_append and merge_states against float64; opcheck and compile."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_reference import LO_ROWS, Case, inv_freq, relative_error, rotate
+
+from cachedattn import ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def ulps(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Distance in units of the last place of the dtype of `actual`."""
+    spacing = (
+        torch.finfo(actual.dtype).eps
+        * 2.0 ** expected.double().abs().clamp(min=torch.finfo(actual.dtype).tiny).log2().floor()
+    )
+    return (actual.double() - expected.double()).abs() / spacing
+
+
+@pytest.mark.parametrize("stride", [1, 256])
+def test_table_is_float64_rounded_once(stride):
+    freq = inv_freq(64, 500000.0)
+    table = ops.rope_table(freq, 512, stride)
+    angle = np.arange(512, dtype=np.float64)[:, None] * stride * freq.numpy()
+    expected = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
+    assert table.dtype == torch.float32 and table.shape == (512, 32, 2)
+    # One unit in the last place: libm and numpy may round the cosine apart.
+    np.testing.assert_array_max_ulp(table.numpy(), expected.astype(np.float32), maxulp=1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(DTYPES),
+    st.sampled_from([(64, 64), (64, 32), (80, 80), (80, 10), (96, 96), (16, 2), (128, 128)]),
+    st.integers(0, 9),
+    st.integers(1, 3),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_rope_apply(dtype, dims, tokens, heads, interleaved, inverse, seed):
+    head_dim, rotary_dim = dims
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, heads + 1, head_dim, generator=generator).to(dtype)[:, :heads]
+    positions = torch.randint(0, 4096, (tokens,), generator=generator, dtype=torch.int32)
+    freq = inv_freq(rotary_dim)
+    lo, hi = ops.rope_table(freq, LO_ROWS, 1), ops.rope_table(freq, 16, LO_ROWS)
+    before = x.clone()
+    expected = rotate(x, positions, freq, interleaved, inverse)
+    ops.rope_apply_(x, positions, lo, hi, interleaved, inverse)
+    assert torch.equal(x[..., rotary_dim:], before[..., rotary_dim:])
+    if dtype == torch.float32:
+        assert torch.allclose(x.double(), expected, rtol=0, atol=3e-6)
+    else:
+        assert torch.allclose(x.double(), expected, rtol=torch.finfo(dtype).eps, atol=3e-6)
+        exact = (x == expected.to(dtype)).double().mean() if x.numel() else 1.0
+        assert exact > 0.99
+
+
+def test_rope_by_zero_and_back():
+    freq = inv_freq(64)
+    lo, hi = ops.rope_table(freq, LO_ROWS, 1), ops.rope_table(freq, 4, LO_ROWS)
+    x = torch.randn(5, 2, 64)
+    y = x.clone()
+    ops.rope_apply_(y, torch.zeros(5, dtype=torch.int32), lo, hi)
+    assert torch.equal(x, y)
+    positions = torch.tensor([1, 255, 256, 700, 1023], dtype=torch.int32)
+    ops.rope_apply_(y, positions, lo, hi)
+    assert not torch.allclose(x, y, atol=0.1)
+    ops.rope_apply_(y, positions, lo, hi, inverse=True)
+    assert torch.allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("block", "dim"), [(16, 16), (64, 64), (128, 80)])
+def test_append_writes_exactly_its_places(dtype, block, dim):
+    tokens = 150
+    slab = torch.full((6, 3, 2, 2, block, dim), 7.0, dtype=dtype)
+    kv = slab[:, 1]
+    k = torch.randn(tokens, 2, 2, dim).to(dtype)[:, 0]  # rows with a gap
+    v = torch.randn(tokens, 2, dim).to(dtype)
+    places = torch.randperm(6 * block)[:tokens] if 6 * block >= tokens else torch.arange(6 * block)
+    slots = torch.full((tokens,), -1, dtype=torch.int64)
+    slots[: len(places)] = places
+    slots[3] = -1
+    expected = slab.clone()
+    for n, place in enumerate(slots.tolist()):
+        if place >= 0:
+            expected[place // block, 1, 0, :, place % block] = k[n]
+            expected[place // block, 1, 1, :, place % block] = v[n]
+    ops.kv_append(k, v, kv, slots)
+    assert torch.equal(slab, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("states", [1, 2, 7])
+def test_merge(dtype, states):
+    o = torch.randn(states, 9, 3, 16).to(dtype)
+    lse = 4 * torch.randn(states, 9, 3)
+    lse[0, 0] = float("-inf")
+    o[0, 0] = float("nan")  # a state without keys may hold anything
+    lse[:, 5] = float("-inf")
+    out, out_lse = ops.merge_states(o, lse)
+    weights = (lse.double() - lse.double().logsumexp(0)).exp().nan_to_num(0.0)
+    clean = o.double().masked_fill(lse.isneginf()[..., None], 0.0)
+    expected = (weights[..., None] * clean).sum(0)
+    assert torch.equal(out_lse.isneginf(), lse.isneginf().all(0))
+    assert not out[out_lse.isneginf()].any()
+    assert torch.allclose(out_lse.double(), lse.double().logsumexp(0), atol=1e-6, rtol=1e-6)
+    if dtype == torch.float32:
+        assert relative_error(out, expected) < 1e-6
+    else:
+        assert float(ulps(out, expected).max()) <= 1.0
+
+
+def tables() -> tuple[torch.Tensor, torch.Tensor]:
+    freq = inv_freq(64)
+    return ops.rope_table(freq, LO_ROWS, 1), ops.rope_table(freq, 2, LO_ROWS)
+
+
+def bad_calls():
+    i32 = torch.int32
+    x, kv = torch.zeros(2, 3, 64), torch.zeros(4, 2, 3, 16, 64)
+    lo, hi = tables()
+    slots = torch.zeros(2, dtype=torch.int64)
+    positions = torch.zeros(2, dtype=i32)
+    o, lse = torch.zeros(2, 1, 3, 16), torch.zeros(2, 1, 3)
+    return [
+        (ops.rope_table, (torch.zeros(4), 2, 1), "inv_freq: must be float64, is float32"),
+        (ops.rope_table, (inv_freq(8), -1, 1), "n: must not be negative"),
+        (ops.rope_table, (inv_freq(8), 1, 0), "stride: must be at least 1"),
+        (ops.rope_apply_, (x.double(), positions, lo, hi), "x: must be float32, bfloat16"),
+        (ops.rope_apply_, (x[0], positions, lo, hi), "x: must have 3 dimensions"),
+        (ops.rope_apply_, (x, positions.long(), lo, hi), "positions: must be int32"),
+        (ops.rope_apply_, (x, positions[:1], lo, hi), r"positions: must be \[2\]"),
+        (ops.rope_apply_, (x, positions + 512, lo, hi), r"positions: 512 is outside \[0, 512\)"),
+        (ops.rope_apply_, (x, positions - 1, lo, hi), "positions: -1 is outside"),
+        (ops.rope_apply_, (x[..., :32].clone(), positions, lo, hi), "rope_lo: rotary_dim 64 is"),
+        (ops.kv_append, (x.half(), x, kv, slots), "k: must be float32, is float16"),
+        (ops.kv_append, (x, x[:1], kv, slots), "v: must have as many rows as k"),
+        (ops.kv_append, (x[:, :2], x, kv, slots), r"k: must be \[n, 3, 64\]"),
+        (ops.kv_append, (x, x, kv, slots[:1]), r"slot_mapping: must be \[2\]"),
+        (ops.kv_append, (x, x, kv, slots + 64), r"slot_mapping: 64 is outside \[-1, 64\)"),
+        (ops.kv_append, (x, x, kv, slots - 2), "slot_mapping: -2 is outside"),
+        (ops.merge_states, (o, lse[:1]), r"lse: must be \[2, 1, 3\]"),
+        (ops.merge_states, (o[:0], lse[:0]), "o: needs at least one state"),
+        (ops.merge_states, (o.int(), lse), "o: must be float32"),
+    ]
+
+
+@pytest.mark.parametrize(("op", "args", "message"), bad_calls())
+def test_refuses(op, args, message):
+    with pytest.raises(RuntimeError, match=message):
+        op(*args)
+
+
+def opcheck_samples():
+    case = Case([1, 20], [70, 33], poison=False, sinks=True)
+    lo, hi = tables()
+    k = torch.randn(3, 2, 64)
+    positions = torch.arange(3, dtype=torch.int32)
+    slots = torch.tensor([0, 33, -1])
+    return {
+        "rope_table": (inv_freq(64), 4, 256),
+        "rope_apply_": (k.clone(), positions, lo, hi),
+        "kv_append": (k, k, torch.zeros(3, 2, 2, 16, 64), slots),
+        "attn_plan": (case.cu_q, case.lens, 4, 2, 16, 2),
+        "attn_paged": case.args(ops),
+        "merge_states": (torch.randn(2, 3, 4, 16), torch.randn(2, 3, 4)),
+    }
+
+
+@pytest.mark.parametrize("name", list(opcheck_samples()))
+def test_opcheck(name):
+    torch.library.opcheck(getattr(torch.ops.cachedattn, name).default, opcheck_samples()[name])
+
+
+def test_compiles_without_graph_breaks():
+    case = Case([1, 20], [70, 33], poison=False)
+    lo, hi = case.tables(ops)
+    slots = torch.tensor([int(case.block_table[0, 0]) * 16])
+
+    def layer(q, k, v, kv, plan):
+        ops.kv_append(k, v, kv, slots)
+        out, _ = ops.attn_paged(
+            q, kv, case.block_table, case.lens, case.cu_q, plan, lo, hi, case.scale
+        )
+        return out * 2
+
+    k, v = torch.randn(1, 2, 64), torch.randn(1, 2, 64)
+    plan = case.plan(ops)
+    eager_kv, compiled_kv = case.kv.clone(), case.kv.clone()
+    expected = layer(case.q, k, v, eager_kv, plan)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(case.q, k, v, compiled_kv, plan), expected)
+    assert torch.equal(compiled_kv, eager_kv) and not torch.equal(eager_kv, case.kv)
