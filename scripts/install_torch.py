@@ -73,7 +73,9 @@ def main() -> None:
         if not has_gpu():
             cuda = cuda_packages(planned())
             if cuda:
-                sys.exit(REFUSAL.format(torch=REQUIREMENT, count=len(cuda), requirement=REQUIREMENT))
+                sys.exit(
+                    REFUSAL.format(torch=REQUIREMENT, count=len(cuda), requirement=REQUIREMENT)
+                )
     subprocess.check_call([*PIP, "install", *arguments])
 
 

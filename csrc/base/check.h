@@ -8,5 +8,6 @@ namespace cachedattn {
 
 }  // namespace cachedattn
 
-#define CA_CHECK(condition) \
-  (static_cast<bool>(condition) ? void(0) : ::cachedattn::CheckFailed(#condition, __FILE__, __LINE__))
+#define CA_CHECK(condition)               \
+  (static_cast<bool>(condition) ? void(0) \
+                                : ::cachedattn::CheckFailed(#condition, __FILE__, __LINE__))

@@ -12,13 +12,13 @@ namespace cachedattn {
 
 enum class Code : uint8_t {
   kOk = 0,
-  kInvalidArgument,   // the caller's values; becomes ValueError
-  kMismatch,          // a store file of another version, model, layout or tenant
-  kCorrupt,           // bytes that fail their checksum or parse
-  kExhausted,         // no slot, no room; try again later or with less
-  kIo,                // the disk said no; the message holds the errno text
-  kBusy,              // another process holds the store
-  kClosed,            // the store is closed
+  kInvalidArgument,  // the caller's values; becomes ValueError
+  kMismatch,         // a store file of another version, model, layout or tenant
+  kCorrupt,          // bytes that fail their checksum or parse
+  kExhausted,        // no slot, no room; try again later or with less
+  kIo,               // the disk said no; the message holds the errno text
+  kBusy,             // another process holds the store
+  kClosed,           // the store is closed
 };
 
 CA_API const char* Name(Code code);
@@ -41,7 +41,7 @@ class [[nodiscard]] Status {
 template <typename T>
 class [[nodiscard]] Result {
  public:
-  Result(T value) : value_(std::move(value)) {}                      // NOLINT: implicit on purpose
+  Result(T value) : value_(std::move(value)) {}  // NOLINT: implicit on purpose
   Result(Status status) : status_(std::move(status)) { CA_CHECK(!status_.ok()); }  // NOLINT
 
   bool ok() const { return status_.ok(); }

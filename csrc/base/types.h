@@ -24,8 +24,8 @@ using TokenId = int32_t;
 using SlotId = uint32_t;  // a place for one block in a tier
 constexpr SlotId kNoSlot = UINT32_MAX;
 
-constexpr uint64_t kPage = 4096;          // alignment of O_DIRECT offsets, sizes and buffers
-constexpr uint64_t kHugePage = 2 << 20;   // alignment of slabs, for MADV_HUGEPAGE
+constexpr uint64_t kPage = 4096;         // alignment of O_DIRECT offsets, sizes and buffers
+constexpr uint64_t kHugePage = 2 << 20;  // alignment of slabs, for MADV_HUGEPAGE
 
 constexpr uint64_t AlignUp(uint64_t value, uint64_t alignment) {
   return (value + alignment - 1) / alignment * alignment;

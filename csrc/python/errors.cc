@@ -35,7 +35,7 @@ std::vector<TokenId> ToTokens(const py::object& tokens) {
   if (array.ndim() != 1 || !integers) {
     throw py::type_error("token ids must be a one-dimensional sequence of integers");
   }
-  const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>(array);
+  const auto wide = py::array_t < int64_t, py::array::c_style | py::array::forcecast > (array);
   std::vector<TokenId> out(static_cast<size_t>(wide.size()));
   for (py::ssize_t i = 0; i < wide.size(); ++i) {
     const int64_t token = wide.data()[i];

@@ -27,14 +27,14 @@ enum class PolicyKind : uint8_t { kLookahead = 0, kLru = 1, kFifo = 2 };
 
 struct StoreOptions {
   KvLayout layout;
-  Digest identity;              // of the model and everything the KV depends on but the tokens
-  std::string model_name;       // for messages
-  uint64_t device_bytes = 0;    // emulated device pool; 0: the block table points at DRAM slots
-  uint64_t dram_bytes = 0;      // hard cap of the DRAM slab, running sequences included
-  uint64_t ssd_bytes = 0;       // hard cap of the file; 0: no SSD tier
-  std::string path;             // directory of the SSD tier
+  Digest identity;            // of the model and everything the KV depends on but the tokens
+  std::string model_name;     // for messages
+  uint64_t device_bytes = 0;  // emulated device pool; 0: the block table points at DRAM slots
+  uint64_t dram_bytes = 0;    // hard cap of the DRAM slab, running sequences included
+  uint64_t ssd_bytes = 0;     // hard cap of the file; 0: no SSD tier
+  std::string path;           // directory of the SSD tier
   PolicyKind policy = PolicyKind::kLookahead;
-  double dram_reserve = 0.1;    // share of DRAM slots kept free so that a fetch never waits
+  double dram_reserve = 0.1;  // share of DRAM slots kept free so that a fetch never waits
   IoKind io = IoKind::kAuto;
   uint32_t io_depth = 64;
   std::function<void(uint64_t done, uint64_t total)> progress;  // of the scan at open
@@ -42,28 +42,39 @@ struct StoreOptions {
 
 // How much of a chain's context is resident, in tokens, by the fastest tier that holds it.
 struct CachedTokens {
-  uint32_t total = 0;                  // length of the longest reusable history
-  uint32_t by_tier[kNumTiers] = {};    // context tokens served from each tier; sums to the
-                                       // context's share of `total`
+  uint32_t total = 0;                // length of the longest reusable history
+  uint32_t by_tier[kNumTiers] = {};  // context tokens served from each tier; sums to the
+                                     // context's share of `total`
 };
 
 // A timed event, for traces and tests. Times are CLOCK_MONOTONIC nanoseconds.
 enum class TraceKind : uint8_t {
-  kReadStart, kReadEnd,        // SSD -> DRAM, a group of layers of one block
-  kLoadStart, kLoadEnd,        // DRAM -> device, one layer slice
-  kSaveStart, kSaveEnd,        // device -> DRAM, one layer slice
-  kWriteStart, kWriteEnd,      // DRAM -> SSD, one block
-  kWaitStart, kWaitEnd,        // WaitLayer; compute of `layer` runs from kWaitEnd ..
-  kComputeEnd,                 // .. to LayerDone
-  kEvict,                      // a DRAM or SSD copy went away
+  // SSD -> DRAM, a group of layers of one block.
+  kReadStart,
+  kReadEnd,
+  // DRAM -> device, one layer slice.
+  kLoadStart,
+  kLoadEnd,
+  // Device -> DRAM, one layer slice.
+  kSaveStart,
+  kSaveEnd,
+  // DRAM -> SSD, one block.
+  kWriteStart,
+  kWriteEnd,
+  // WaitLayer. Compute of `layer` runs from kWaitEnd to kComputeEnd, which is LayerDone.
+  kWaitStart,
+  kWaitEnd,
+  kComputeEnd,
+  // A DRAM or SSD copy went away.
+  kEvict,
 };
 struct TraceEvent {
   int64_t time_ns = 0;
   TraceKind kind = TraceKind::kWaitStart;
-  uint64_t sequence = 0;       // 0: none
+  uint64_t sequence = 0;  // 0: none
   uint32_t first_layer = 0;
   uint32_t num_layers = 0;
-  SlotId slot = kNoSlot;       // the source slot of a move
+  SlotId slot = kNoSlot;  // the source slot of a move
 };
 
 struct TierStats {
@@ -73,7 +84,7 @@ struct TierStats {
 struct StoreStats {
   TierStats tiers[kNumTiers];
   uint64_t turns = 0, tokens_requested = 0;
-  uint64_t tokens_from[kNumTiers] = {};      // reused history tokens, by serving tier
+  uint64_t tokens_from[kNumTiers] = {};  // reused history tokens, by serving tier
   uint64_t ssd_bytes_read = 0, ssd_bytes_written = 0;
   uint64_t evictions[kNumTiers] = {};
   uint64_t failed_loads = 0, checksum_failures = 0, failed_saves = 0;
@@ -121,7 +132,7 @@ class CA_API AttentionStore {
   virtual const std::string& io_report() const = 0;  // engine chosen, and why
   virtual void EnableTrace(bool on) = 0;             // clears the trace
   virtual std::vector<TraceEvent> TakeTrace() = 0;
-  virtual void CheckInvariants() const = 0;          // aborts on a broken one
+  virtual void CheckInvariants() const = 0;  // aborts on a broken one
 
   // The pool that block tables index: slot 0 layer 0 of it, and the distances, in bytes.
   struct PoolView {

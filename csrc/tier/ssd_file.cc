@@ -255,7 +255,7 @@ Status SsdFile::Reserve(uint64_t bytes) {
   }
   if (result == 0) return Status();
   const int error = errno;
-  struct statvfs volume {};
+  struct statvfs volume{};
   (void)::fstatvfs(fd(), &volume);
   // Give back what was taken before the disk was full.
   if (file_bytes_ < bytes) (void)!::ftruncate(fd(), static_cast<off_t>(file_bytes_));
