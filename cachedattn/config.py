@@ -25,7 +25,7 @@ def parse_size(size: int | str) -> int:
         return size
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
     if not match or match[2].upper() not in _UNITS:
-        raise ValueError(f"not a size: {size!r} (write a number and B, KiB, MiB, GiB, TiB or KB..TB)")
+        raise ValueError(f"not a size: {size!r} (a number, then B, KiB .. TiB or KB .. TB)")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

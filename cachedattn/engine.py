@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 import torch
 
-from cachedattn.checkpoint import Checkpoint
-from cachedattn.config import KvLayout, StoreConfig, Truncation, check_choice
+from cachedattn.batch import Batch, Work, make_batch, num_logit_rows
+from cachedattn.chat import ChatMemory
+from cachedattn.checkpoint import Progress, load_checkpoint
+from cachedattn.config import KvLayout, StoreConfig, Truncation
 from cachedattn.model import CausalLM
 from cachedattn.request import Delta, LogitsHook, Reply, Request
 from cachedattn.sampling import SamplingParams
 from cachedattn.scheduler import Scheduler
 from cachedattn.store import AttentionStore
-from cachedattn.tokenizer import Tokenizer
+from cachedattn.tokenizer import Message, TextStream, Tokenizer
 
-Message = dict[str, str]  # {'role': 'system' | 'user' | 'assistant', 'content': text}
+GREEDY = SamplingParams()
+KEEP_FIRST_FOUR = Truncation()
 
 
 class Engine:
     """One model, one store, any number of conversations. Belongs to one thread.
 
     Close it, or use it as a context manager: finished turns are then on the SSD tier, if any.
+    Make one with `from_pretrained`.
     """
 
     def __init__(
@@ -34,12 +39,28 @@ class Engine:
         store: AttentionStore,
         *,
         max_model_len: int,
-        truncation: Truncation | None,
+        truncation: Truncation | None = KEEP_FIRST_FOUR,
         reuse: bool = True,
-        owns_store: bool = True,
+        owns_store: bool = False,
         max_num_seqs: int = 16,
         max_step_tokens: int = 512,
-    ) -> None: ...
+    ) -> None:
+        """max_model_len: positions of a context, and with `truncation` the length at which it is
+        cut. ValueError: the store's pool cannot hold one such context, or nothing can be cut."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.store = store
+        self.max_model_len = max_model_len
+        self.truncation = truncation
+        self.owns_store = owns_store
+        self.scheduler = Scheduler(
+            store, max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens, reuse=reuse
+        )
+        self._memory = ChatMemory(tokenizer) if tokenizer else None
+        self._ids = itertools.count(1)
+        self._check_capacity()
+        if truncation:
+            store.new_chain([0], window=max_model_len, truncation=truncation)
 
     @classmethod
     def from_pretrained(
@@ -50,25 +71,80 @@ class Engine:
         device: str = "cpu",
         dtype: str = "bfloat16",
         max_model_len: int | None = None,
-        truncation: Truncation | None = Truncation(),
+        truncation: Truncation | None = KEEP_FIRST_FOUR,
         max_num_seqs: int = 16,
         max_step_tokens: int = 512,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Engine:
         """An engine for a Hugging Face directory or a GGUF file.
 
         store: a StoreConfig opens a store that the engine closes; None computes every turn from
         its first token (the baseline). truncation None: prompts longer than max_model_len
-        (default: what the model was made for) are refused. progress(stage, done, total) in bytes
-        while the weights are read. ValueError: bad argument, unsupported checkpoint, or a store
-        of another model. FileNotFoundError: no such model. StoreError: the store does not open.
+        (default: what the model was made for) are refused. progress(done, total): bytes of the
+        weights' fingerprint.
+
+        ValueError: bad argument, unsupported checkpoint, or a store of another model.
+        FileNotFoundError: no such model. StoreError: the store does not open.
         """
-        raise NotImplementedError
+        if device != "cpu":
+            raise ValueError(f"device must be 'cpu' in this build, not {device!r}")
+        for name, value in (("max_num_seqs", max_num_seqs), ("max_step_tokens", max_step_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        checkpoint = load_checkpoint(path, dtype, progress)
+        positions = checkpoint.config.max_positions
+        max_model_len = positions if max_model_len is None else max_model_len
+        if not 1 <= max_model_len <= positions:
+            raise ValueError(
+                f"max_model_len must be in [1, {positions}], the model's positions, "
+                f"not {max_model_len}"
+            )
+        layout = checkpoint.kv_layout()
+        if isinstance(store, AttentionStore):
+            _check_same_model(store.layout, layout)
+        model = CausalLM(checkpoint.config, checkpoint.weights, max_model_len)
+        opened = store
+        if not isinstance(opened, AttentionStore):
+            opened = AttentionStore(store or _baseline_store(layout, max_model_len), layout)
+        try:
+            return cls(
+                model,
+                checkpoint.tokenizer,
+                opened,
+                max_model_len=max_model_len,
+                truncation=truncation,
+                reuse=store is not None,
+                owns_store=opened is not store,
+                max_num_seqs=max_num_seqs,
+                max_step_tokens=max_step_tokens,
+            )
+        except BaseException:
+            if opened is not store:
+                opened.close()
+            raise
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Aborts what runs and closes the store that the engine opened. Twice is fine."""
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.abort(request)
+        if self.owns_store:
+            self.store.close()
 
     def add_request(
         self,
         prompt: str | Sequence[int] | Sequence[Message],
-        sampling: SamplingParams = SamplingParams(),
+        sampling: SamplingParams = GREEDY,
         *,
         conversation: str | None = None,
         on_logits: LogitsHook | None = None,
@@ -76,43 +152,179 @@ class Engine:
         """Queues a turn. `prompt` is token ids, text, or messages for the chat template.
 
         conversation: names a chat, so that the ids of its earlier turns are used again.
-        on_logits: sees the logits of every row computed for this request.
+        on_logits(request, first, logits): sees the logits [rows, vocab] of every row computed,
+        the first of which belongs to the request's token `first`.
+
+        ValueError: an empty prompt, ids outside the vocabulary, a prompt longer than
+        max_model_len without truncation, or text for a model without a tokenizer.
         """
-        raise NotImplementedError
+        truncation = self.truncation or KEEP_FIRST_FOUR
+        prompt_ids, num_system_tokens = self._encode(prompt, conversation, truncation.keep_system)
+        keep_first = max(truncation.keep_first, num_system_tokens)
+        request = Request(
+            id=next(self._ids),
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            eos_token_ids=frozenset(self.model.config.eos_token_ids),
+            window=self.max_model_len if self.truncation else 0,
+            truncation=dataclasses.replace(truncation, keep_first=keep_first),
+            max_model_len=self.max_model_len,
+            conversation=conversation,
+            text_stream=TextStream(self.tokenizer, sampling.stop) if self.tokenizer else None,
+            on_logits=on_logits,
+        )
+        if sampling.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none")
+        self.scheduler.add(request)
+        return request
 
     def step(self) -> list[Request]:
-        """Computes once: a chunk of each prompt, one token of each answer. The finished ones."""
-        raise NotImplementedError
+        """Computes once: a chunk of each prompt, a token of each answer. Those that finished."""
+        self.store.poll()  # what landed takes effect; room is made ahead of need
+        work = self.scheduler.schedule()  # queue published, history found, loads begun
+        if not work:
+            return []
+        batch = make_batch(work, self.store)
+        logits = self.model.forward(batch)  # layer by layer: wait, append, attend, save
+        finished = []
+        for request, first, num_tokens, rows in self._landed(work, batch, logits):
+            request.sequence.append(request.tokens[first : first + num_tokens])
+            if request.on_logits:
+                request.on_logits(request, first, rows)
+            if request.num_remaining == 0:
+                request.accept(request.sampler(rows[-1]))
+            if request.finish_reason:
+                self._finish(request)  # its blocks become findable
+                finished.append(request)
+        return finished
 
-    def generate(
-        self, prompt: str | Sequence[int], sampling: SamplingParams = SamplingParams()
-    ) -> Reply:
+    def generate(self, prompt: str | Sequence[int], sampling: SamplingParams = GREEDY) -> Reply:
         """Runs one turn to its end (and others that wait, along the way)."""
-        raise NotImplementedError
+        return self._run(self.add_request(prompt, sampling))
+
+    def chat(
+        self, conversation: str, messages: Sequence[Message], sampling: SamplingParams = GREEDY
+    ) -> Reply:
+        """The answer to a chat. `messages` is the whole chat so far, the answers included."""
+        return self._run(self.add_request(messages, sampling, conversation=conversation))
 
     def stream(
         self,
         prompt: str | Sequence[int] | Sequence[Message],
-        sampling: SamplingParams = SamplingParams(),
+        sampling: SamplingParams = GREEDY,
         *,
         conversation: str | None = None,
     ) -> Iterator[Delta | Reply]:
         """Runs one turn, yielding each token as it comes and the Reply last."""
-        raise NotImplementedError
-
-    def chat(
-        self,
-        conversation: str,
-        messages: Sequence[Message],
-        sampling: SamplingParams = SamplingParams(),
-    ) -> Reply:
-        """The answer to a chat. `messages` is the whole chat so far, the answers included."""
-        raise NotImplementedError
+        request = self.add_request(prompt, sampling, conversation=conversation)
+        try:
+            while not request.finished:
+                self.step()
+                yield from request.take_deltas()
+        finally:
+            if not request.finished:  # interrupted, or the caller lost interest
+                self.abort(request)
+        yield request.reply()
 
     def abort(self, request: Request) -> None:
-        """Ends a request now; finish_reason 'abort'."""
-        raise NotImplementedError
+        """Ends a request now; its finish_reason is 'abort'."""
+        self.scheduler.remove(request)
+        if request.sequence is not None:
+            request.sequence.close()
+        request.end("abort")
 
-    def close(self) -> None:
-        """Aborts what runs and closes the store that the engine opened. Twice is fine."""
-        raise NotImplementedError
+    def _run(self, request: Request) -> Reply:
+        try:
+            while not request.finished:
+                self.step()
+        finally:
+            if not request.finished:
+                self.abort(request)
+        return request.reply()
+
+    def _landed(
+        self, work: list[Work], batch: Batch, logits: torch.Tensor
+    ) -> Iterator[tuple[Request, int, int, torch.Tensor]]:
+        """(request, its first token in the step, how many, its logits), less those whose history
+        could not be loaded: they wait again and are recomputed."""
+        end = 0
+        for request, num_tokens in work:
+            start, end = end, end + num_logit_rows(request, num_tokens)
+            if request.sequence in batch.failed:
+                self.scheduler.retry(request)
+                continue
+            yield request, request.sequence.num_computed_tokens, num_tokens, logits[start:end]
+
+    def _finish(self, request: Request) -> None:
+        self.scheduler.remove(request)
+        request.sequence.commit()
+        request.end()
+        if request.conversation is not None and self._memory:
+            self._memory.remember(request.conversation, request)
+
+    def _encode(
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        conversation: str | None,
+        keep_system: bool,
+    ) -> tuple[list[int], int]:
+        """Checked token ids, and how many of them a cut must keep for the system prompt."""
+        num_system_tokens = 0
+        if len(prompt) == 0:
+            raise ValueError("the prompt is empty")
+        if isinstance(prompt, str):
+            ids = self._need_tokenizer().encode(prompt)
+        elif isinstance(prompt[0], dict):
+            self._need_tokenizer()
+            ids = self._memory.prompt_ids(conversation, prompt)
+            if keep_system:
+                num_system_tokens = self._memory.num_system_tokens(prompt)
+        else:
+            ids = [int(token) for token in prompt]
+        vocab_size = self.model.config.vocab_size
+        bad = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is not in the vocabulary [0, {vocab_size})")
+        if self.truncation is None and len(ids) > self.max_model_len:
+            raise ValueError(
+                f"the prompt's {len(ids)} tokens exceed max_model_len {self.max_model_len} "
+                "(truncation is off)"
+            )
+        return ids, num_system_tokens
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("this model has no tokenizer: pass token ids")
+        return self.tokenizer
+
+    def _check_capacity(self) -> None:
+        """A context of max_model_len tokens must fit the pool that block tables index."""
+        tiers = self.store.stats()["tiers"]
+        tier = "device" if tiers["device"]["capacity_slots"] else "dram"
+        held = tiers[tier]["capacity_slots"] * self.store.config.block_size
+        if held < self.max_model_len:
+            raise ValueError(
+                f"{tier} holds {held} tokens of this model, fewer than max_model_len "
+                f"{self.max_model_len}: give it more, or lower max_model_len"
+            )
+
+
+def _baseline_store(layout: KvLayout, max_model_len: int) -> StoreConfig:
+    """A pool for two contexts and nothing else."""
+    tokens = 2 * max_model_len + 1024
+    padding = 4096 * (layout.num_layers + 1)  # a slice ends on a page, a slot begins with one
+    return StoreConfig(dram=tokens * layout.bytes_per_token + (tokens // 64 + 1) * padding)
+
+
+def _check_same_model(stored: KvLayout, wanted: KvLayout) -> None:
+    for field in dataclasses.fields(KvLayout):
+        ours, theirs = getattr(wanted, field.name), getattr(stored, field.name)
+        if field.name != "model_name" and ours != theirs:
+            raise ValueError(
+                f"the store is for model {stored.model_name!r}, this is {wanted.model_name!r}: "
+                f"{field.name} {_text(theirs)} differs from {_text(ours)}"
+            )
+
+
+def _text(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)

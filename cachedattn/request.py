@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cachedattn.config import Truncation
 from cachedattn.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ LogitsHook = Callable[["Request", int, torch.Tensor], None]
 
 
 class RequestState(enum.Enum):
+    """Waiting for a place, holding a sequence, or over."""
+
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -58,8 +61,11 @@ class Request:
     prompt_ids: list[int]
     sampling: SamplingParams
     eos_token_ids: frozenset[int]
-    keep_first: int  # tokens that a cut never drops
+    window: int  # tokens at which the context is cut; 0: never
+    truncation: Truncation
+    max_model_len: int  # positions
     arrival_s: float = field(default_factory=time.perf_counter)
+    conversation: str | None = None
     text_stream: TextStream | None = None
     on_logits: LogitsHook | None = None
 
@@ -72,12 +78,11 @@ class Request:
     cached_from: dict[str, int] = field(default_factory=dict)
     first_token_s: float = 0.0
     end_s: float = 0.0
-    max_total_tokens: int = 2**31 - 1  # prompt and output, where no cut makes room
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt_ids)
         self.sampler = Sampler(self.sampling)
-        self.deltas: list[Delta] = []  # not yet taken by stream()
+        self._deltas: list[Delta] = []
 
     @property
     def num_remaining(self) -> int:
@@ -87,7 +92,13 @@ class Request:
 
     @property
     def finished(self) -> bool:
+        """Whether `reply()` may be called."""
         return self.state is RequestState.FINISHED
+
+    @property
+    def is_full(self) -> bool:
+        """Whether another token would go past the last position, where no cut makes room."""
+        return self.window == 0 and len(self.tokens) >= self.max_model_len
 
     def accept(self, token: int) -> None:
         """Takes a newly chosen token; sets `finish_reason` when it is the last."""
@@ -104,13 +115,16 @@ class Request:
             is_end |= self.text_stream.stopped
         if is_end:
             self.finish_reason = "stop"
-        elif len(self.output_ids) >= self.sampling.max_tokens:
-            self.finish_reason = "length"
-        elif len(self.tokens) >= self.max_total_tokens:
+        elif len(self.output_ids) >= self.sampling.max_tokens or self.is_full:
             self.finish_reason = "length"
         if self.finish_reason and self.text_stream is not None:
             text += self.text_stream.finish()
-        self.deltas.append(Delta(token, text))
+        self._deltas.append(Delta(token, text))
+
+    def take_deltas(self) -> list[Delta]:
+        """The tokens since the last call."""
+        taken, self._deltas = self._deltas, []
+        return taken
 
     def end(self, reason: str = "") -> None:
         """The turn is over; the sequence has been committed or closed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -126,7 +126,8 @@ class AttentionStore:
         """Drops every copy in `tier` that nothing uses; 'dram' lands on the SSD first."""
         self._core.drop_tier(tier)
 
-    def stats(self) -> dict[str, object]:
+    def stats(self) -> dict[str, Any]:
+        """Counters, and per tier its slots; as `_core.AttentionStore.stats`."""
         return self._core.stats()
 
     def enable_trace(self, on: bool = True) -> None:
@@ -135,6 +136,7 @@ class AttentionStore:
         self._core.enable_trace(on)
 
     def take_trace(self) -> list[TraceEvent]:
+        """The events since the last call, times in nanoseconds (CLOCK_MONOTONIC)."""
         return self._core.take_trace()
 
     def check_invariants(self) -> None:

@@ -1,0 +1,146 @@
+"""CausalLM: a Llama-family decoder over a mixed batch of prefill, extend and decode rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from cachedattn.batch import Batch
+from cachedattn.config import ModelConfig
+from cachedattn.layers import Linear, rms_norm, silu_and_mul
+from cachedattn.rope import rope_tables
+
+
+class DecoderLayer:
+    """Attention and MLP, each behind a norm and added to its input."""
+
+    def __init__(
+        self, config: ModelConfig, weights: WeightReader, index: int, tables: RopeTables
+    ) -> None:
+        self.config = config
+        self.index = index
+        self.tables = tables
+        prefix = f"model.layers.{index}."
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.q_size = config.num_heads * config.head_dim
+        self.kv_size = config.num_kv_heads * config.head_dim
+        self.input_norm = weights.take(prefix + "input_layernorm.weight", (hidden,))
+        self.post_norm = weights.take(prefix + "post_attention_layernorm.weight", (hidden,))
+        sizes = (self.q_size, self.kv_size, self.kv_size)
+        names = [prefix + f"self_attn.{name}_proj" for name in "qkv"]
+        self.qkv = weights.linear(names, sizes, hidden)
+        self.o = weights.linear([prefix + "self_attn.o_proj"], (hidden,), self.q_size)
+        names = [prefix + f"mlp.{name}_proj" for name in ("gate", "up")]
+        self.gate_up = weights.linear(names, (inner, inner), hidden)
+        self.down = weights.linear([prefix + "mlp.down_proj"], (hidden,), inner)
+
+    def __call__(self, x: torch.Tensor, batch: Batch, plan: torch.Tensor) -> torch.Tensor:
+        """x [Tq, hidden] -> [Tq, hidden]; `plan` is the step's `attn_plan`."""
+        batch.wait_layer(self.index)
+        x = x + self.attention(rms_norm(x, self.input_norm, self.config.rms_eps), batch, plan)
+        normed = rms_norm(x, self.post_norm, self.config.rms_eps)
+        x += self.down(silu_and_mul(self.gate_up(normed)))
+        batch.layer_done(self.index)
+        return x
+
+    def attention(self, x: torch.Tensor, batch: Batch, plan: torch.Tensor) -> torch.Tensor:
+        """Appends the rows' K and V, then attends over the whole context."""
+        config, tables = self.config, self.tables
+        qkv = self.qkv(x).view(x.shape[0], -1, config.head_dim)
+        q, k, v = qkv.split((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        kv = batch.kv[self.index]
+        torch.ops.cachedattn.kv_append(k, v, kv, batch.slot_mapping)
+        out, _ = torch.ops.cachedattn.attn_paged(
+            q,
+            kv,
+            batch.block_table,
+            batch.kv_lens,
+            batch.cu_q,
+            plan,
+            tables.lo,
+            tables.hi,
+            tables.sm_scale,
+            interleaved=config.rope.interleaved,
+            window=config.sliding_window,
+        )
+        return self.o(out.view(x.shape[0], self.q_size))
+
+
+class CausalLM:
+    """The whole model. `weights` are named as in Transformers' LlamaForCausalLM and are used up:
+    each leaves the dict as it is taken, so that packing needs no second copy of the model.
+
+    ValueError: a weight is missing or has another shape than the configuration says.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], max_positions: int
+    ) -> None:
+        self.config = config
+        reader = WeightReader(weights)
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.embedding = reader.take("model.embed_tokens.weight", (vocab, hidden))
+        self.dtype = self.embedding.dtype
+        tables = RopeTables(config, max_positions)
+        self.layers = [
+            DecoderLayer(config, reader, index, tables) for index in range(config.num_layers)
+        ]
+        self.norm = reader.take("model.norm.weight", (hidden,))
+        if config.tied_embeddings:
+            self.lm_head = Linear(self.embedding)
+        else:
+            self.lm_head = reader.linear(["lm_head"], (vocab,), hidden)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Logits, float32 [len(logit_rows), vocab]."""
+        kv = batch.kv[0]
+        plan = torch.ops.cachedattn.attn_plan(
+            batch.cu_q,
+            batch.kv_lens,
+            self.config.num_heads,
+            self.config.num_kv_heads,
+            kv.shape[3],
+            torch.get_num_threads(),
+        )
+        x = functional.embedding(batch.token_ids, self.embedding)
+        for layer in self.layers:
+            x = layer(x, batch, plan)
+        x = rms_norm(x[batch.logit_rows], self.norm, self.config.rms_eps)
+        return self.lm_head(x).float()
+
+
+class RopeTables:
+    """What attention needs to turn q and k by their positions."""
+
+    def __init__(self, config: ModelConfig, max_positions: int) -> None:
+        self.lo, self.hi = rope_tables(config.rope, max_positions)
+        # yarn scales q and k alike, so their product by the square.
+        self.sm_scale = config.head_dim**-0.5 * config.rope.attention_factor**2
+
+
+class WeightReader:
+    """Takes weights out of a dict by name, checking shapes."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights = weights
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The weight `name`. ValueError: missing, or of another shape."""
+        weight = self.weights.pop(name, None)
+        if weight is None:
+            raise ValueError(f"the checkpoint has no weight {name}")
+        if weight.shape != shape:
+            raise ValueError(f"weight {name} has shape {tuple(weight.shape)}, expected {shape}")
+        return weight
+
+    def linear(self, names: Sequence[str], out_sizes: Sequence[int], in_size: int) -> Linear:
+        """The linears `names` over one input, fused into one; their biases, if any."""
+        sizes = list(zip(names, out_sizes, strict=True))
+        weight = torch.cat([self.take(f"{name}.weight", (size, in_size)) for name, size in sizes])
+        if not any(f"{name}.bias" in self.weights for name in names):
+            return Linear(weight)
+        bias = [self.take(f"{name}.bias", (size,)) for name, size in sizes]
+        return Linear(weight, torch.cat(bias))

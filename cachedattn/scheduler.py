@@ -1,0 +1,140 @@
+"""Scheduler: which requests compute how many tokens in the next step."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from cachedattn._core import StoreError
+from cachedattn.batch import Work
+from cachedattn.request import Request, RequestState
+from cachedattn.store import NO_LIMIT, AttentionStore
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, first come, first served.
+
+    Running requests come first, so an answer never waits for a prompt; prompts share what is
+    left of `max_step_tokens`. When the pool is full the latest request gives its place back and
+    waits again; its finished blocks are history by then.
+    """
+
+    def __init__(
+        self, store: AttentionStore, *, max_num_seqs: int, max_step_tokens: int, reuse: bool
+    ) -> None:
+        self.store = store
+        self.max_num_seqs = max_num_seqs
+        self.max_step_tokens = max_step_tokens
+        self.max_history = NO_LIMIT if reuse else 0
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._queue_changed = False
+
+    def add(self, request: Request) -> None:
+        """Queues a request. ValueError: its window holds nothing that a cut could drop."""
+        self._make_chain(request)
+        self.waiting.append(request)
+
+    def schedule(self) -> list[Work]:
+        """The next step's work, with slots reserved; empty when nothing waits or runs."""
+        if self._queue_changed:
+            self.store.set_queue([request.chain for request in self.waiting])
+            self._queue_changed = False
+        budget = self.max_step_tokens
+        work: list[Work] = []
+        for request in list(self.running):
+            if request.state is RequestState.RUNNING and budget > 0:
+                num_tokens = self._reserve_or_preempt(request, budget)
+                budget -= num_tokens
+                work += [(request, num_tokens)] if num_tokens else []
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            num_tokens = self._start(self.waiting[0], budget, wait=not work)
+            if not num_tokens:
+                break
+            budget -= num_tokens
+            work.append((self.running[-1], num_tokens))
+        return work
+
+    def retry(self, request: Request) -> None:
+        """Sends a running request back to the head of the queue; its step is dropped."""
+        assert request.sequence is not None
+        request.sequence.close()
+        request.sequence = None
+        request.state = RequestState.WAITING
+        self.running.remove(request)
+        self._make_chain(request)
+        self.waiting.appendleft(request)
+
+    def remove(self, request: Request) -> None:
+        """Forgets a request that ends."""
+        if request.state is RequestState.RUNNING:
+            self.running.remove(request)
+        elif request.state is RequestState.WAITING:
+            self.waiting.remove(request)
+            self._queue_changed = True
+
+    def _make_chain(self, request: Request) -> None:
+        request.chain = self.store.new_chain(
+            request.tokens, window=request.window, truncation=request.truncation
+        )
+        self._queue_changed = True
+
+    def _reserve_or_preempt(self, request: Request, budget: int) -> int:
+        """Tokens of a running request for this step; 0: it had to give its place back."""
+        while not (num_tokens := _reserve(request, budget)):
+            victim = self.running[-1]
+            if victim is request and len(self.running) == 1:
+                self.store.flush()  # what waits to be saved holds the slots
+                if not (num_tokens := _reserve(request, budget)):
+                    self._raise_full(request)
+                break
+            self.retry(victim)
+            if victim is request:
+                break
+        return num_tokens
+
+    def _start(self, request: Request, budget: int, wait: bool) -> int:
+        """Begins the first waiting request, if there is room; its tokens for this step, or 0.
+
+        wait: nothing else runs, so finding no room ends in an error, not in waiting.
+        """
+        num_tokens = self._begin(request, budget)
+        if not num_tokens and wait:
+            self.store.flush()
+            num_tokens = self._begin(request, budget)
+            if not num_tokens:
+                self._raise_full(request)
+        if num_tokens:
+            self.waiting.popleft()
+            self.running.append(request)
+            request.state = RequestState.RUNNING
+            self._queue_changed = True
+        return num_tokens
+
+    def _begin(self, request: Request, budget: int) -> int:
+        sequence = self.store.begin(request.chain, self.max_history)
+        if sequence is None:
+            return 0
+        request.sequence = sequence
+        num_tokens = _reserve(request, budget)
+        if not num_tokens:
+            sequence.close()
+            request.sequence = None
+        elif not request.output_ids:  # later it would be what was computed before a preemption
+            request.num_cached_tokens = sequence.cached.total
+            request.cached_from = sequence.cached.by_tier
+        return num_tokens
+
+    def _raise_full(self, request: Request) -> None:
+        error = StoreError(f"the pool cannot hold request {request.id} alone")
+        error.code = "exhausted"
+        raise error
+
+
+def _reserve(request: Request, budget: int) -> int:
+    """Cuts the context if it is full and reserves slots; the number of tokens, 0: pool full."""
+    sequence = request.sequence
+    assert sequence is not None
+    if sequence.room == 0:
+        sequence.truncate()
+    num_tokens = min(request.num_remaining, budget, sequence.room)
+    return num_tokens if sequence.reserve(num_tokens) else 0
