@@ -87,3 +87,13 @@ class AttentionStore:
     def enable_trace(self, on: bool) -> None: ...
     def take_trace(self) -> list[TraceEvent]: ...
     def check_invariants(self) -> None: ...
+
+def inspect_store(path: str) -> dict[str, object]:
+    """What the store in directory `path` holds: model, layout, slots, counters and `blocks` (dicts
+    of slot, key, parent, num_tokens, depth, generation). Takes no lock, writes nothing."""
+
+def check_store(
+    path: str, deep: bool, progress: Callable[[int, int], None] | None = None
+) -> dict[str, object]:
+    """`checked` (blocks looked at) and `corrupt` (slots whose header, or with `deep` whose payload,
+    does not match its checksum). Takes no lock, writes nothing."""

@@ -32,6 +32,7 @@ class SsdTierImpl : public SsdTier {
                   uint64_t tag) override;
   void StartRead(SlotId slot, const BlockHeader& header, uint32_t first_layer, uint32_t num_layers,
                  std::byte* host_slot, uint64_t tag) override;
+  const std::vector<SlotId>& damaged_slots() const override { return damaged_; }
   bool can_submit() const override { return !free_ops_.empty(); }
   uint32_t in_flight() const override {
     return static_cast<uint32_t>(ops_.size() - free_ops_.size());
@@ -82,6 +83,7 @@ class SsdTierImpl : public SsdTier {
   std::string why_;
   std::vector<Op> ops_;
   std::vector<uint32_t> free_ops_;
+  std::vector<SlotId> damaged_;
   uint64_t bytes_read_ = 0, bytes_written_ = 0, checksum_failures_ = 0;
 };
 
@@ -230,6 +232,12 @@ std::string SsdTierImpl::Where(const Op& op) const {
          std::to_string(op.slot);
 }
 
+// A slot that no block was ever written to: the file's space is reserved zeroed.
+bool IsZero(const BlockPage& page) {
+  const auto bytes = std::as_bytes(std::span(&page, 1));
+  return std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{0}; });
+}
+
 Result<std::vector<ScannedBlock>> SsdTierImpl::Scan(
     const std::function<void(uint64_t, uint64_t)>& progress) {
   CA_CHECK(in_flight() == 0);
@@ -237,15 +245,17 @@ Result<std::vector<ScannedBlock>> SsdTierImpl::Scan(
   AlignedBytes pages = AllocateAligned(AlignUp(depth * kPage, kHugePage), kHugePage);
   std::unordered_map<BlockKey, ScannedBlock, DigestHash> newest;
   std::vector<SlotId> slot_of(depth);
+  damaged_.clear();
   const auto start = [&](uint32_t index, SlotId slot) {
     slot_of[index] = slot;
     engine_->Submit({IoOp::kRead, SlotOffset(slot), pages.get() + index * kPage, kPage, index});
   };
   const auto take = [&](uint32_t index, int32_t result) {
     const auto& page = *reinterpret_cast<const BlockPage*>(pages.get() + index * kPage);
-    if (result != static_cast<int32_t>(kPage) || page.magic != kBlockMagic) return;
-    if (!CheckBlockPage(uuid(), layout_, page).ok()) {
+    if (result == static_cast<int32_t>(kPage) && IsZero(page)) return;  // never written
+    if (result != static_cast<int32_t>(kPage) || !CheckBlockPage(uuid(), layout_, page).ok()) {
       ++checksum_failures_;
+      damaged_.push_back(slot_of[index]);
       return;
     }
     const ScannedBlock block{slot_of[index], HeaderOf(page)};
