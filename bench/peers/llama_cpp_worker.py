@@ -44,8 +44,8 @@ class LlamaCpp:
     def step(self, ids: list[int]) -> int:
         for i in range(0, len(ids), 512):
             part = ids[i : i + 512]
-            batch = ll.llama_batch_get_one((ll.llama_token * len(part))(*part), len(part))
-            if ll.llama_decode(self.ctx, batch) != 0:
+            tokens = (ll.llama_token * len(part))(*part)  # the batch only points at it
+            if ll.llama_decode(self.ctx, ll.llama_batch_get_one(tokens, len(part))) != 0:
                 raise RuntimeError("llama_decode failed")
         logits = ll.llama_get_logits_ith(self.ctx, -1)
         return int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())

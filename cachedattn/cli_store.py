@@ -1,0 +1,89 @@
+"""`cachedattn inspect` and `cachedattn check`: a look into a store's file, without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from cachedattn import _core
+
+
+def size_text(num_bytes: int) -> str:
+    """A size that people can read: '1.5 GiB'."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def chains(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The longest chain from each first block: number of blocks in all, deepest tokens.
+
+    A chain is a conversation, or several that begin alike. Longest first.
+    """
+    by_key = {block["key"]: block for block in blocks}
+    found: dict[str, dict[str, Any]] = {}
+    for block in blocks:
+        root, tokens = block, block["num_tokens"]
+        while root["parent"] in by_key:
+            root = by_key[root["parent"]]
+            tokens += root["num_tokens"]
+        entry = found.setdefault(root["key"], {"root": root["key"], "blocks": 0, "tokens": 0})
+        entry["blocks"] += 1
+        entry["tokens"] = max(entry["tokens"], tokens)
+    return sorted(found.values(), key=lambda entry: -entry["tokens"])
+
+
+def run_inspect(store: Path, as_json: bool) -> None:
+    """Prints what the store in directory `store` holds. Writes nothing to it."""
+    info = _core.inspect_store(str(store))
+    if as_json:
+        print(json.dumps(info))
+        return
+    console = Console()
+    table = Table(title=f"Store {store}", show_header=False)
+    for name, value in info.items():
+        if name == "blocks":
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {part}" for key, part in value.items())
+        elif name.endswith("bytes"):
+            value = size_text(value)
+        table.add_row(name.replace("_", " "), str(value))
+    console.print(table)
+    if not info["blocks"]:
+        console.print("The store is empty.")
+        return
+    table = Table(title="Conversations (those with one beginning count as one)")
+    for column in ("first block", "blocks", "longest history, tokens"):
+        table.add_column(column, justify="left" if column == "first block" else "right")
+    for chain in chains(info["blocks"])[:20]:
+        table.add_row(chain["root"][:16], str(chain["blocks"]), f"{chain['tokens']:,}")
+    console.print(table)
+
+
+def run_check(store: Path, deep: bool, as_json: bool) -> int:
+    """Verifies the store in directory `store`; the exit code: 0 sound, 1 damaged."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("checking", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        result = _core.check_store(str(store), deep, progress)
+    corrupt = result["corrupt"]
+    if as_json:
+        print(json.dumps({**result, "deep": deep, "ok": not corrupt}))
+    else:
+        what = "every byte" if deep else "headers"
+        print(f"{result['checked']} blocks checked ({what}), {len(corrupt)} damaged")
+        for slot in corrupt:
+            print(f"  slot {slot}: does not match its checksum; it counts as a miss")
+    return 1 if corrupt else 0
