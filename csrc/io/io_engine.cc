@@ -21,11 +21,15 @@ Result<std::unique_ptr<IoEngine>> OpenChosen(int fd, const IoOptions& options) {
 
 }  // namespace
 
+Status IoOptions::Validate() const {
+  if (depth >= 1 && depth <= 4096) return Status();
+  return Status(Code::kInvalidArgument,
+                "io depth is " + std::to_string(depth) + ", must be 1 to 4096");
+}
+
 Result<std::unique_ptr<IoEngine>> OpenIoEngine(int fd, const IoOptions& options) {
-  if (options.depth < 1 || options.depth > 4096) {
-    return Status(Code::kInvalidArgument,
-                  "io depth is " + std::to_string(options.depth) + ", must be 1 to 4096");
-  }
+  Status status = options.Validate();
+  if (!status.ok()) return status;
   Result<std::unique_ptr<IoEngine>> engine = OpenChosen(fd, options);
   if (engine.ok() && options.wrap) return options.wrap(std::move(engine.value()));
   return engine;

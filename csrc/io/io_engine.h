@@ -56,6 +56,8 @@ struct IoOptions {
   std::span<std::byte> registered = {};  // slab that most requests use; registered if allowed
   // Tests put a fault-injecting engine around the real one here.
   std::function<std::unique_ptr<IoEngine>(std::unique_ptr<IoEngine>)> wrap = nullptr;
+
+  Status Validate() const;  // kInvalidArgument
 };
 
 // Opens an engine on `fd`, which the caller keeps open until the engine is gone. kAuto takes

@@ -54,6 +54,7 @@ AlignedBytes AllocateAligned(size_t size, size_t alignment) {
 
 Result<std::unique_ptr<SsdFile>> SsdFile::Open(const SsdOptions& options) {
   Status status = options.layout.Validate();
+  if (status.ok()) status = options.io.Validate();
   if (!status.ok()) return status;
   if (options.read_only) {
     Result<std::unique_ptr<SsdFile>> opened = OpenReadOnly(options.directory);

@@ -41,11 +41,11 @@ inline std::string RunInChild(const std::function<std::string()>& body) {
 }
 
 // Use at the top level of a test: skips or fails it by the child's answer.
-#define EXPECT_CHILD_OK(body)                                   \
-  do {                                                          \
-    const std::string answer = ::cachedattn::RunInChild(body);  \
-    if (answer.rfind("skip: ", 0) == 0) GTEST_SKIP() << answer; \
-    EXPECT_EQ(answer, "");                                      \
+#define EXPECT_CHILD_OK(...)                                          \
+  do {                                                                \
+    const std::string answer = ::cachedattn::RunInChild(__VA_ARGS__); \
+    if (answer.rfind("skip: ", 0) == 0) GTEST_SKIP() << answer;       \
+    EXPECT_EQ(answer, "");                                            \
   } while (false)
 
 // In a child: mounts a file system on `path` that nobody else sees. "" or "skip: <reason>".

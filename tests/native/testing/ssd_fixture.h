@@ -96,7 +96,9 @@ inline Status ReadBlock(SsdTier* tier, SlotId slot, uint32_t number, uint64_t ge
   tier->StartRead(slot, HeaderOfBlock(number, generation), 0, SmallLayout().num_layers, host.data(),
                   2);
   Status status = Drain(tier).at(0).status;
-  if (status.ok()) EXPECT_TRUE(host.SamePayload(expected));
+  if (status.ok()) {
+    EXPECT_TRUE(host.SamePayload(expected));
+  }
   return status;
 }
 
