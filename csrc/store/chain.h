@@ -44,8 +44,7 @@ class CA_API Chain {
   // Key of the first `num_tokens` tokens of `block` (a part-filled tail).
   BlockKey PartialKey(uint32_t block, uint32_t num_tokens) const;
 
-  // The cut that takes place when the context before it held `num_tokens` tokens in all, dropped
-  // ones included. nullptr: none there.
+  // The cut that is made just before `block` joins the context. nullptr: none there.
   const Cut* CutBefore(uint32_t block) const;
 
   // Indices of the blocks that make up the context once `num_tokens` tokens are in it and no
@@ -58,9 +57,10 @@ class CA_API Chain {
   BlockKey root_;
   uint32_t block_size_;
   Truncation truncation_;
+  uint32_t window_blocks_ = 0;  // blocks that the context holds before a cut; 0: no window
+  Cut cut_;                     // every cut takes the same places of the block list
   std::vector<TokenId> tokens_;
-  std::vector<BlockKey> keys_;             // of full blocks
-  std::vector<std::pair<uint32_t, Cut>> cuts_;  // (block before which it is made, cut)
+  std::vector<BlockKey> keys_;  // of full blocks
 };
 
 }  // namespace cachedattn

@@ -1,0 +1,187 @@
+#include "csrc/store/attention_store.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+
+#include "csrc/store/open_store.h"
+#include "csrc/store/sequence.h"
+#include "csrc/store/store_core.h"
+
+namespace cachedattn {
+
+namespace {
+
+Status Invalid(std::string message) { return Status(Code::kInvalidArgument, std::move(message)); }
+
+Status Validate(const StoreOptions& options) {
+  if (Status status = options.layout.Validate(); !status.ok()) return status;
+  if (!(options.dram_reserve >= 0 && options.dram_reserve <= 0.5)) {
+    return Invalid("dram_reserve: must be from 0 to 0.5, got " +
+                   std::to_string(options.dram_reserve));
+  }
+  if (options.ssd_bytes != 0 && options.path.empty()) {
+    return Invalid("path: an SSD tier needs a directory");
+  }
+  if (options.io_depth < 8 || options.io_depth > 4096) {
+    return Invalid("io_depth: must be from 8 to 4096, got " + std::to_string(options.io_depth));
+  }
+  return Status();
+}
+
+class StoreImpl final : public AttentionStore {
+ public:
+  StoreImpl(const StoreOptions& options, Tiers&& tiers)
+      : core_(std::make_shared<StoreCore>(options, std::move(tiers))) {
+    const SsdTier* ssd = core_->tiers.ssd.get();
+    io_report_ = ssd ? std::string(ssd->io_name()) + ": " + ssd->io_why() : "no SSD tier";
+  }
+  ~StoreImpl() override { (void)Close(); }
+
+  Status Restore() { return core_->tiers.ssd ? core_->Restore(core_->options.progress) : Status(); }
+
+  Status Close() override {
+    if (core_->closed) return Status();
+    if (!core_->sequences.empty()) {
+      return Status(Code::kBusy, std::to_string(core_->sequences.size()) +
+                                     " sequences are running: end them before the store");
+    }
+    core_->SetQueue({});
+    core_->Flush();
+    core_->FinishReads();
+    core_->closed = true;
+    return core_->tiers.ssd ? core_->tiers.ssd->Sync(core_->TotalCounters()) : Status();
+  }
+
+  std::shared_ptr<Chain> NewChain(std::string_view tenant, const Truncation& truncation) override {
+    const StoreOptions& options = core_->options;
+    return std::make_shared<Chain>(RootKey(options.identity, tenant), options.layout.block_size,
+                                   truncation);
+  }
+
+  void SetQueue(std::span<const Chain* const> waiting) override {
+    if (!core_->closed) core_->SetQueue(waiting);
+  }
+
+  CachedTokens Lookup(const Chain& chain) override {
+    if (core_->closed || chain.num_tokens() == 0) return CachedTokens();
+    return core_->Count(chain, FindHistory(core_->directory, chain, chain.num_tokens() - 1));
+  }
+
+  Result<std::unique_ptr<Sequence>> Begin(std::shared_ptr<Chain> chain,
+                                          uint32_t max_history) override {
+    return SequenceImpl::Begin(core_, std::move(chain), max_history);
+  }
+
+  void Poll() override {
+    if (!core_->closed) core_->Drive(0);
+  }
+  void Flush() override {
+    if (!core_->closed) core_->Flush();
+  }
+  void DropTier(Tier tier) override {
+    if (core_->closed) return;
+    core_->Flush();
+    core_->FinishReads();
+    core_->evictor.DropAll(tier);
+  }
+
+  StoreStats stats() const override { return core_->Stats(); }
+  const std::string& io_report() const override { return io_report_; }
+  void EnableTrace(bool on) override { core_->trace.Enable(on); }
+  std::vector<TraceEvent> TakeTrace() override { return core_->trace.Take(); }
+  void CheckInvariants() const override { core_->CheckInvariants(); }
+
+  PoolView pool() const override {
+    const MemoryTier& pool = core_->tiers.pool();
+    return {pool.payload(0), pool.slots().capacity(), pool.slot_bytes(),
+            core_->options.layout.slice_stride()};
+  }
+  const KvLayout& layout() const override { return core_->options.layout; }
+
+ private:
+  const std::shared_ptr<StoreCore> core_;
+  std::string io_report_;
+};
+
+}  // namespace
+
+Result<std::unique_ptr<AttentionStore>> OpenStoreOn(const StoreOptions& options,
+                                                    std::unique_ptr<SsdTier> ssd,
+                                                    std::unique_ptr<CopyEngine> copy) {
+  if (Status status = Validate(options); !status.ok()) return status;
+  Tiers tiers;
+  tiers.layout = options.layout;
+  auto dram = MemoryTier::Open(Tier::kDram, options.dram_bytes, options.layout);
+  if (!dram.ok()) return dram.status();
+  tiers.dram = std::move(dram.value());
+  if (options.device_bytes != 0) {
+    auto device = MemoryTier::Open(Tier::kDevice, options.device_bytes, options.layout);
+    if (!device.ok()) return device.status();
+    tiers.device = std::move(device.value());
+    tiers.copy = std::move(copy);
+  }
+  if (ssd != nullptr) {
+    tiers.ssd_slots = std::make_unique<SlotPool>(ssd->num_slots());
+    tiers.ssd = std::move(ssd);
+  }
+  auto store = std::make_unique<StoreImpl>(options, std::move(tiers));
+  if (Status status = store->Restore(); !status.ok()) return status;
+  return std::unique_ptr<AttentionStore>(std::move(store));
+}
+
+Result<std::unique_ptr<AttentionStore>> AttentionStore::Open(const StoreOptions& options) {
+  if (Status status = Validate(options); !status.ok()) return status;
+  std::unique_ptr<SsdTier> ssd;
+  if (options.ssd_bytes != 0) {
+    // The slab is not registered with the ring: measured, that gains nothing, and it would fill
+    // the whole slab with pages here.
+    const SsdOptions ssd_options{.directory = options.path,
+                                 .layout = options.layout,
+                                 .identity = options.identity,
+                                 .model_name = options.model_name,
+                                 .max_bytes = options.ssd_bytes,
+                                 .io = {.kind = options.io, .depth = options.io_depth}};
+    auto opened = SsdTier::Open(ssd_options);
+    if (!opened.ok()) return opened.status();
+    ssd = std::move(opened.value());
+  }
+  auto copy = options.device_bytes != 0 ? NewHostCopyEngine() : nullptr;
+  return OpenStoreOn(options, std::move(ssd), std::move(copy));
+}
+
+namespace {
+
+struct Registry {
+  std::mutex mutex;
+  std::map<int64_t, AttentionStore*> stores;
+  int64_t next_handle = 1;
+};
+Registry& TheRegistry() {
+  static Registry registry;
+  return registry;
+}
+
+}  // namespace
+
+int64_t RegisterStore(AttentionStore* store) {
+  Registry& registry = TheRegistry();
+  const std::lock_guard lock(registry.mutex);
+  registry.stores.emplace(registry.next_handle, store);
+  return registry.next_handle++;
+}
+
+void UnregisterStore(int64_t handle) {
+  Registry& registry = TheRegistry();
+  const std::lock_guard lock(registry.mutex);
+  registry.stores.erase(handle);
+}
+
+AttentionStore* FindStore(int64_t handle) {
+  Registry& registry = TheRegistry();
+  const std::lock_guard lock(registry.mutex);
+  const auto it = registry.stores.find(handle);
+  return it == registry.stores.end() ? nullptr : it->second;
+}
+
+}  // namespace cachedattn

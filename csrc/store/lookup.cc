@@ -1,0 +1,67 @@
+#include "csrc/store/lookup.h"
+
+#include <algorithm>
+
+namespace cachedattn {
+
+namespace {
+
+// The longest part-filled block `block` of the chain, of at most `limit` tokens.
+BlockRef FindTail(const Directory& directory, const Chain& chain, uint32_t block, uint32_t limit) {
+  Block* best = nullptr;
+  for (Block* partial : directory.partials(chain.parent_key(block))) {
+    if (partial->num_tokens > limit || !partial->resident()) continue;
+    if (best != nullptr && partial->num_tokens <= best->num_tokens) continue;
+    if (chain.PartialKey(block, partial->num_tokens) == partial->key) best = partial;
+  }
+  return best == nullptr ? nullptr : directory.Find(best->key);
+}
+
+}  // namespace
+
+History FindHistory(const Directory& directory, const Chain& chain, uint32_t limit) {
+  limit = std::min(limit, chain.num_tokens());
+  const uint32_t block_size = chain.block_size();
+  const uint32_t num_full = limit / block_size;
+  std::vector<BlockRef> blocks(num_full);
+  std::vector<uint32_t> missing(num_full + 1, 0);  // among the first i blocks
+  for (uint32_t i = 0; i < num_full; ++i) {
+    blocks[i] = directory.Find(chain.key(i));
+    if (blocks[i] != nullptr && !blocks[i]->resident()) blocks[i].reset();
+    missing[i + 1] = missing[i] + (blocks[i] == nullptr);
+  }
+  // The context after `num_tokens` tokens: what is kept of the head, then a run up to the end.
+  const auto build = [&](uint32_t num_tokens, uint32_t full, BlockRef tail) {
+    History history;
+    const std::vector<uint32_t> indices = chain.ContextBlocks(num_tokens);
+    for (uint32_t index : indices) {
+      history.blocks.push_back(index < full ? blocks[index] : tail);
+    }
+    if (std::ranges::find(history.blocks, nullptr) != history.blocks.end()) return History();
+    history.num_tokens = num_tokens;
+    history.indices = indices;
+    return history;
+  };
+  for (uint32_t full = num_full;; --full) {
+    const uint32_t left = std::min(limit - full * block_size, block_size - 1);
+    if (const BlockRef tail = FindTail(directory, chain, full, left)) {
+      History history = build(full * block_size + tail->num_tokens, full, tail);
+      if (history.num_tokens > 0) return history;
+    }
+    if (full == 0) return History();
+    // Only a window can leave a missing block out of the context.
+    if (missing[full] == 0 || (chain.truncation().window != 0 && blocks[full - 1] != nullptr)) {
+      History history = build(full * block_size, full, nullptr);
+      if (history.num_tokens > 0) return history;
+    }
+  }
+}
+
+Tier ServingTier(const Block& block) {
+  CA_CHECK(block.resident());
+  return block.ready(Tier::kDevice) ? Tier::kDevice
+         : block.ready(Tier::kDram) ? Tier::kDram
+                                    : Tier::kSsd;
+}
+
+}  // namespace cachedattn

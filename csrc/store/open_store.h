@@ -1,0 +1,19 @@
+// Opening a store on an SSD tier and a copy engine that already exist: the production open and the
+// tests' doubles meet here.
+#pragma once
+
+#include <memory>
+
+#include "csrc/copy/copy_engine.h"
+#include "csrc/store/attention_store.h"
+#include "csrc/tier/ssd_tier.h"
+
+namespace cachedattn {
+
+// `ssd` may be nullptr: no SSD tier, whatever the options say. `copy` is used when
+// options.device_bytes is not 0.
+CA_API Result<std::unique_ptr<AttentionStore>> OpenStoreOn(const StoreOptions& options,
+                                                           std::unique_ptr<SsdTier> ssd,
+                                                           std::unique_ptr<CopyEngine> copy);
+
+}  // namespace cachedattn

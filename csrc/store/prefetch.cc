@@ -1,0 +1,38 @@
+#include "csrc/store/prefetch.h"
+
+namespace cachedattn {
+
+namespace {
+
+bool OnSsdOnly(const Block& block) {
+  return block.ready(Tier::kSsd) && block.absent(Tier::kDram) && block.absent(Tier::kDevice);
+}
+
+}  // namespace
+
+Prefetcher::Prefetcher(Tiers* tiers, Directory* directory, Evictor* evictor, Preloader* preloader)
+    : tiers_(tiers), directory_(directory), evictor_(evictor), preloader_(preloader) {}
+
+void Prefetcher::Want(std::span<const BlockRef> blocks) {
+  for (const BlockRef& block : blocks) {
+    if (wanted_.size() >= tiers_->dram->slots().capacity()) return;
+    if (OnSsdOnly(*block)) wanted_.push_back(block->key);
+  }
+}
+
+void Prefetcher::Pump() {
+  std::erase_if(running_, [](const FillRef& fill) { return fill->done; });
+  while (!wanted_.empty() && running_.size() < max_in_flight_) {
+    if (preloader_->reads_waiting() || !tiers_->ssd->can_submit()) return;
+    const BlockRef block = directory_->Find(wanted_.front());
+    if (block != nullptr && OnSsdOnly(*block)) {
+      if (!evictor_->MakeSpareRoom(block->rank)) return;  // tried again when something ends
+      Slot slot = tiers_->dram->slots().Take();
+      running_.push_back(preloader_->StartRead(block, std::move(slot), /*whole=*/true, 0));
+      preloader_->Pump();
+    }
+    wanted_.pop_front();
+  }
+}
+
+}  // namespace cachedattn

@@ -1,0 +1,32 @@
+// Prefetcher: SSD -> DRAM for waiting requests, in the order of the queue (design D6).
+#pragma once
+
+#include <deque>
+
+#include "csrc/store/evict.h"
+#include "csrc/store/policy.h"
+#include "csrc/store/preload.h"
+
+namespace cachedattn {
+
+class Prefetcher {
+ public:
+  Prefetcher(Tiers* tiers, Directory* directory, Evictor* evictor, Preloader* preloader);
+
+  void Clear() { wanted_.clear(); }
+  // Bring these blocks to DRAM, after those that were asked for before.
+  void Want(std::span<const BlockRef> blocks);
+  // Starts the next reads. Reads that a running sequence waits for go first.
+  void Pump();
+
+ private:
+  Tiers* const tiers_;
+  Directory* const directory_;
+  Evictor* const evictor_;
+  Preloader* const preloader_;
+  const uint32_t max_in_flight_ = 4;  // blocks: keeps the disk busy, leaves room for others
+  std::deque<BlockKey> wanted_;
+  std::vector<FillRef> running_;
+};
+
+}  // namespace cachedattn

@@ -1,0 +1,232 @@
+#include "csrc/store/preload.h"
+
+#include <algorithm>
+
+namespace cachedattn {
+
+namespace {
+
+// Larger reads gain nothing, smaller ones cost rate (measured; design D11).
+constexpr uint64_t kMaxPieceBytes = 1 << 20;
+
+// Copies handed to the engine at a time: enough to keep its stream busy, few enough that a lower
+// layer that arrives late does not wait behind many higher ones.
+constexpr uint32_t kMaxLoadsInFlight = 16;
+
+// Pieces double from one layer on, so that the first layers of all blocks come early.
+std::vector<std::pair<uint32_t, uint32_t>> LayerGroups(const KvLayout& layout) {
+  const auto most = static_cast<uint32_t>(
+      std::clamp<uint64_t>(kMaxPieceBytes / layout.slice_stride(), 1, layout.num_layers));
+  std::vector<std::pair<uint32_t, uint32_t>> groups;
+  for (uint32_t first = 0, size = 1; first < layout.num_layers; size = std::min(2 * size, most)) {
+    groups.emplace_back(first, std::min(size, layout.num_layers - first));
+    first += groups.back().second;
+  }
+  return groups;
+}
+
+}  // namespace
+
+Preloader::Preloader(Tiers* tiers, Directory* directory, Trace* trace)
+    : tiers_(tiers),
+      directory_(directory),
+      trace_(trace),
+      groups_(LayerGroups(tiers->layout)),
+      reads_(tiers->layout.num_layers),
+      loads_(tiers->layout.num_layers) {}
+
+FillRef Preloader::NewFill(const BlockRef& block, Tier target, SlotId slot, uint64_t sequence) {
+  auto fill = std::make_shared<Fill>();
+  fill->block = block;
+  fill->source = directory_->Pin(block, target == Tier::kDram ? Tier::kSsd : Tier::kDram);
+  fill->tier = target;
+  fill->target = (target == Tier::kDram ? *tiers_->dram : *tiers_->device).slot(slot);
+  fill->sequence = sequence;
+  return fill;
+}
+
+void Preloader::Share(const FillRef& fill, Slot slot, Tier tier) {
+  fill->transfer = directory_->BeginFill(fill->block, tier, std::move(slot));
+  fill->block->copy(tier).fill = fill;
+}
+
+void Preloader::KeepPrivate(const FillRef& fill, Slot slot) {
+  fill->private_slot = std::move(slot);
+  std::erase_if(private_fills_, [](const auto& weak) { return weak.expired(); });
+  private_fills_.push_back(fill);
+}
+
+FillRef Preloader::StartRead(const BlockRef& block, Slot slot, bool whole, uint64_t sequence) {
+  FillRef fill = NewFill(block, Tier::kDram, slot.id(), sequence);
+  Share(fill, std::move(slot), Tier::kDram);
+  QueueRead(fill, whole);
+  return fill;
+}
+
+FillRef Preloader::StartPrivateRead(const BlockRef& block, Slot slot, uint64_t sequence) {
+  FillRef fill = NewFill(block, Tier::kDram, slot.id(), sequence);
+  KeepPrivate(fill, std::move(slot));
+  QueueRead(fill, false);
+  return fill;
+}
+
+void Preloader::QueueRead(const FillRef& fill, bool whole) {
+  if (whole) {
+    reads_.Push(0, {fill, 0, tiers_->layout.num_layers});
+    fill->pieces_left = 1;
+    return;
+  }
+  for (const auto& [first, count] : groups_) reads_.Push(first, {fill, first, count});
+  fill->pieces_left = static_cast<uint32_t>(groups_.size());
+}
+
+FillRef Preloader::StartLoad(const BlockRef& block, Slot slot, uint64_t sequence) {
+  FillRef fill = NewFill(block, Tier::kDevice, slot.id(), sequence);
+  Share(fill, std::move(slot), Tier::kDevice);
+  Follow(fill);
+  return fill;
+}
+
+FillRef Preloader::StartPrivateLoad(const BlockRef& block, Slot slot, uint64_t sequence) {
+  FillRef fill = NewFill(block, Tier::kDevice, slot.id(), sequence);
+  KeepPrivate(fill, std::move(slot));
+  Follow(fill);
+  return fill;
+}
+
+// Queues the copies of the slices that are in DRAM; the others follow as they land.
+void Preloader::Follow(const FillRef& fill) {
+  fill->pieces_left = tiers_->layout.num_layers;
+  const FillRef& feeder = fill->block->copy(Tier::kDram).fill;
+  CA_CHECK(feeder != nullptr || fill->block->ready(Tier::kDram));
+  if (feeder != nullptr) feeder->followers.push_back(fill);
+  for (uint32_t layer = 0; layer < tiers_->layout.num_layers; ++layer) {
+    if (feeder == nullptr || feeder->landed[layer]) loads_.Push(layer, {fill, layer, 1});
+  }
+}
+
+void Preloader::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {
+  for (const auto& weak : private_fills_) {
+    const FillRef fill = weak.lock();
+    if (fill == nullptr || !fill->private_slot) continue;
+    (*places)[static_cast<int>(fill->tier)].push_back(fill->private_slot.id());
+  }
+}
+
+void Preloader::Pump() {
+  while (!reads_.empty() && tiers_->ssd->can_submit()) StartReadPiece(reads_.Pop());
+  while (!loads_.empty() && num_loads_in_flight_ < kMaxLoadsInFlight) {
+    Piece piece = loads_.Pop();
+    if (!piece.fill->status.ok()) {
+      EndPiece(piece);
+      continue;
+    }
+    const KvLayout& layout = tiers_->layout;
+    const Fill& fill = *piece.fill;
+    const SlotId slot = fill.source.slot();
+    trace_->Add(TraceKind::kLoadStart, fill.sequence, piece.first_layer, 1, slot);
+    const uint64_t offset = layout.device_slice_offset(piece.first_layer);
+    const CopyRequest request{.stream = CopyStream::kLoad,
+                              .source = tiers_->dram->payload(slot) + offset,
+                              .target = fill.target + offset,
+                              .size = layout.slice_stride(),
+                              .tag = next_tag_++};
+    started_.emplace(request.tag, std::move(piece));
+    ++num_loads_in_flight_;
+    tiers_->copy->Enqueue(request);
+  }
+}
+
+void Preloader::StartReadPiece(Piece piece) {
+  const Fill& fill = *piece.fill;
+  if (!fill.status.ok()) {
+    EndPiece(piece);
+    return;
+  }
+  const Block& block = *fill.block;
+  const SlotId slot = fill.source.slot();
+  const BlockHeader header{.key = block.key,
+                           .parent = block.parent,
+                           .num_tokens = block.num_tokens,
+                           .depth = block.depth,
+                           .generation = block.generation};
+  trace_->Add(TraceKind::kReadStart, fill.sequence, piece.first_layer, piece.num_layers, slot);
+  const uint64_t tag = next_tag_++;
+  const uint32_t first_layer = piece.first_layer, num_layers = piece.num_layers;
+  std::byte* const target = fill.target;
+  started_.emplace(tag, std::move(piece));
+  ++num_reads_in_flight_;
+  tiers_->ssd->StartRead(slot, header, first_layer, num_layers, target, tag);
+}
+
+void Preloader::OnRead(uint64_t tag, const Status& status) {
+  auto node = started_.extract(tag);
+  CA_CHECK(!node.empty());
+  const Piece& piece = node.mapped();
+  Fill* fill = piece.fill.get();
+  --num_reads_in_flight_;
+  trace_->Add(TraceKind::kReadEnd, fill->sequence, piece.first_layer, piece.num_layers,
+              fill->source.slot());
+  if (status.ok()) {
+    Landed(piece);
+  } else {
+    Fail(fill, status);
+  }
+  EndPiece(piece);
+}
+
+void Preloader::OnLoad(uint64_t tag) {
+  auto node = started_.extract(tag);
+  CA_CHECK(!node.empty());
+  const Piece& piece = node.mapped();
+  --num_loads_in_flight_;
+  trace_->Add(TraceKind::kLoadEnd, piece.fill->sequence, piece.first_layer, 1,
+              piece.fill->source.slot());
+  Landed(piece);
+  EndPiece(piece);
+}
+
+void Preloader::Landed(const Piece& piece) {
+  Fill* fill = piece.fill.get();
+  for (uint32_t i = 0; i < piece.num_layers; ++i) {
+    const uint32_t layer = piece.first_layer + i;
+    fill->landed.set(layer);
+    for (const FillRef& follower : fill->followers) loads_.Push(layer, {follower, layer, 1});
+  }
+}
+
+void Preloader::EndPiece(const Piece& piece) {
+  Fill* fill = piece.fill.get();
+  CA_CHECK(fill->pieces_left > 0);
+  if (--fill->pieces_left == 0) Finish(fill);
+}
+
+void Preloader::Finish(Fill* fill) {
+  fill->done = true;
+  fill->followers.clear();
+  fill->source.Release();
+  const BlockRef block = std::move(fill->transfer.block);
+  if (block == nullptr) return;  // a private slot
+  if (fill->status.ok()) {
+    directory_->FinishFill(Transfer(block, fill->transfer.tier));
+  } else {
+    block->copy(fill->transfer.tier).fill.reset();  // a forgotten block; who waits has the fill
+  }
+}
+
+// The block is a miss from now on; who waits for it sees the status. Its slots are held until
+// every piece has come back.
+void Preloader::Fail(Fill* fill, const Status& status) {
+  if (!fill->status.ok()) return;
+  ++num_failed_;
+  fill->status = status;
+  directory_->Forget(fill->block.get());
+  for (const FillRef& follower : fill->followers) {
+    follower->status = status;
+    // Only the slices that reached DRAM have become pieces.
+    follower->pieces_left = static_cast<uint32_t>(fill->landed.count() - follower->landed.count());
+    if (follower->pieces_left == 0) Finish(follower.get());
+  }
+}
+
+}  // namespace cachedattn

@@ -1,0 +1,95 @@
+#include "csrc/store/save.h"
+
+#include <cstring>
+
+namespace cachedattn {
+
+Saver::Saver(Tiers* tiers, Directory* directory, Evictor* evictor, WriteBehind* writes,
+             Trace* trace)
+    : tiers_(tiers), directory_(directory), evictor_(evictor), writes_(writes), trace_(trace) {}
+
+SaveRef Saver::Begin(SlotId device_slot, uint64_t sequence) {
+  if (!evictor_->CanMakeRoom(Tier::kDram, 1, false)) {
+    ++num_failed_;
+    return nullptr;
+  }
+  evictor_->MakeRoom(Tier::kDram, 1, false);
+  auto save = std::make_shared<Save>();
+  save->device_slot = device_slot;
+  save->target = tiers_->dram->slots().Take();
+  save->target_id = save->target.id();
+  save->sequence = sequence;
+  std::erase_if(saves_, [](const auto& weak) { return weak.expired(); });
+  saves_.push_back(save);
+  return save;
+}
+
+void Saver::Layer(const SaveRef& save, uint32_t layer) {
+  if (save->started[layer]) return;
+  save->started.set(layer);
+  const KvLayout& layout = tiers_->layout;
+  const uint64_t offset = layout.device_slice_offset(layer);
+  trace_->Add(TraceKind::kSaveStart, save->sequence, layer, 1, save->device_slot);
+  const CopyRequest request{.stream = CopyStream::kSave,
+                            .source = tiers_->device->payload(save->device_slot) + offset,
+                            .target = tiers_->dram->payload(save->target_id) + offset,
+                            .size = layout.slice_stride(),
+                            .tag = next_tag_++};
+  in_flight_.emplace(request.tag, Slice{save, layer});
+  tiers_->copy->Enqueue(request);
+}
+
+void Saver::Publish(const SaveRef& save, const BlockRef& block) {
+  for (uint32_t layer = 0; layer < tiers_->layout.num_layers; ++layer) Layer(save, layer);
+  if (!block->absent(Tier::kDram)) return;
+  save->block = block;
+  if (block->ready(Tier::kDevice)) save->source = directory_->Pin(block, Tier::kDevice);
+  save->transfer = directory_->BeginFill(block, Tier::kDram, std::move(save->target));
+  FinishIfLanded(save.get());
+}
+
+void Saver::OnCopy(uint64_t tag) {
+  auto node = in_flight_.extract(tag);
+  CA_CHECK(!node.empty());
+  const Slice& slice = node.mapped();
+  trace_->Add(TraceKind::kSaveEnd, slice.save->sequence, slice.layer, 1, slice.save->device_slot);
+  ++slice.save->num_landed;
+  FinishIfLanded(slice.save.get());
+}
+
+void Saver::FinishIfLanded(Save* save) {
+  const KvLayout& layout = tiers_->layout;
+  if (save->block == nullptr || save->num_landed < layout.num_layers) return;
+  const BlockRef block = std::move(save->block);
+  ZeroUnusedTokens(layout, block->num_tokens, tiers_->dram->payload(save->target_id));
+  directory_->FinishFill(std::move(save->transfer));
+  save->source.Release();
+  save->source_slot.Release();
+  writes_->Queue(block);
+}
+
+void Saver::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {
+  for (const auto& weak : saves_) {
+    const SaveRef save = weak.lock();
+    if (save == nullptr) continue;
+    if (save->target) (*places)[static_cast<int>(Tier::kDram)].push_back(save->target.id());
+    if (save->source_slot) {
+      (*places)[static_cast<int>(Tier::kDevice)].push_back(save->source_slot.id());
+    }
+  }
+}
+
+void ZeroUnusedTokens(const KvLayout& layout, uint32_t num_tokens, std::byte* payload) {
+  const uint64_t token_bytes = uint64_t{layout.head_dim} * SizeOf(layout.dtype);
+  const uint64_t head_bytes = layout.block_size * token_bytes;
+  const uint64_t used = num_tokens * token_bytes;
+  if (used == head_bytes) return;
+  for (uint32_t layer = 0; layer < layout.num_layers; ++layer) {
+    std::byte* slice = payload + layout.device_slice_offset(layer);
+    for (uint32_t head = 0; head < 2 * layout.num_kv_heads; ++head) {
+      std::memset(slice + head * head_bytes + used, 0, head_bytes - used);
+    }
+  }
+}
+
+}  // namespace cachedattn

@@ -1,0 +1,71 @@
+// Saver: device -> DRAM, one layer slice at a time, while later layers compute.
+#pragma once
+
+#include <bitset>
+#include <memory>
+#include <unordered_map>
+
+#include "csrc/store/evict.h"
+
+namespace cachedattn {
+
+// One block on its way from a device slot to a DRAM slot. It starts before the block has a key:
+// the tokens are known only when the step is done.
+struct Save {
+  SlotId device_slot = kNoSlot;
+  Slot source_slot;  // of a sequence that has ended
+  BlockPin source;   // of a block that the directory lists
+  Slot target;       // until the block is published
+  SlotId target_id = kNoSlot;
+  BlockRef block;  // nullptr: not published
+  Transfer transfer;
+  uint64_t sequence = 0;
+  std::bitset<KvLayout::kMaxLayers> started;
+  uint32_t num_landed = 0;
+};
+using SaveRef = std::shared_ptr<Save>;
+
+class Saver {
+ public:
+  Saver(Tiers* tiers, Directory* directory, Evictor* evictor, WriteBehind* writes, Trace* trace);
+
+  // nullptr when DRAM has no slot for it: the block is not saved.
+  SaveRef Begin(SlotId device_slot, uint64_t sequence);
+  // Layer `layer` of the device slot is final.
+  void Layer(const SaveRef& save, uint32_t layer);
+  // Every layer is final and the block has a key: its DRAM copy becomes kReady when all of them
+  // have landed. Without a place for it in the directory the save is given up.
+  void Publish(const SaveRef& save, const BlockRef& block);
+
+  void OnCopy(uint64_t tag);
+
+  uint32_t num_in_flight() const { return static_cast<uint32_t>(in_flight_.size()); }
+  uint64_t num_failed() const { return num_failed_; }
+
+  // For the invariants: slots that saves hold outside of the directory.
+  void AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const;
+
+ private:
+  struct Slice {
+    SaveRef save;
+    uint32_t layer = 0;
+  };
+
+  void FinishIfLanded(Save* save);
+
+  Tiers* const tiers_;
+  Directory* const directory_;
+  Evictor* const evictor_;
+  WriteBehind* const writes_;
+  Trace* const trace_;
+  std::unordered_map<uint64_t, Slice> in_flight_;
+  std::vector<std::weak_ptr<Save>> saves_;  // for the invariants alone
+  uint64_t next_tag_ = kSaveTag;
+  uint64_t num_failed_ = 0;
+};
+
+// Zeroes the places after `num_tokens` in every layer slice, so that no bytes of a slot's earlier
+// life reach the disk. `payload` is where the first slice begins.
+void ZeroUnusedTokens(const KvLayout& layout, uint32_t num_tokens, std::byte* payload);
+
+}  // namespace cachedattn

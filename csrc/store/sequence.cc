@@ -1,0 +1,324 @@
+#include "csrc/store/sequence.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace cachedattn {
+
+namespace {
+
+constexpr int64_t kWaitUs = 1000;
+
+uint32_t WindowTokens(const Chain& chain) {
+  const uint32_t window = chain.truncation().window;
+  return window == 0 ? UINT32_MAX : window / chain.block_size() * chain.block_size();
+}
+
+}  // namespace
+
+SequenceImpl::SequenceImpl(std::shared_ptr<StoreCore> core, std::shared_ptr<Chain> chain)
+    : core_(std::move(core)),
+      chain_(std::move(chain)),
+      id_(core_->next_sequence_id++),
+      block_size_(chain_->block_size()),
+      window_(WindowTokens(*chain_)) {
+  core_->sequences.insert(this);
+}
+
+SequenceImpl::~SequenceImpl() { End(); }
+
+Result<std::unique_ptr<Sequence>> SequenceImpl::Begin(std::shared_ptr<StoreCore> core,
+                                                      std::shared_ptr<Chain> chain,
+                                                      uint32_t max_history) {
+  if (core->closed) return Status(Code::kClosed, "the store is closed");
+  if (chain == nullptr || chain->num_tokens() == 0) {
+    return Status(Code::kInvalidArgument, "chain: holds no tokens");
+  }
+  if (chain->block_size() != core->options.layout.block_size) {
+    return Status(Code::kInvalidArgument, "chain: made for another block size");
+  }
+  const uint32_t limit = std::min(max_history, chain->num_tokens() - 1);
+  const History history = FindHistory(core->directory, *chain, limit);
+  std::unique_ptr<SequenceImpl> sequence(new SequenceImpl(core, chain));
+  if (Status status = sequence->TakeHistory(history); !status.ok()) return status;
+
+  const CachedTokens& cached = sequence->cached_;
+  ++core->counters.turns;
+  core->counters.tokens_requested += chain->num_tokens();
+  core->counters.tokens_from_device += cached.by_tier[static_cast<int>(Tier::kDevice)];
+  core->counters.tokens_from_dram += cached.by_tier[static_cast<int>(Tier::kDram)];
+  core->counters.tokens_from_ssd += cached.by_tier[static_cast<int>(Tier::kSsd)];
+  core->policy.Touch(history.blocks);
+  core->preloader.Pump();
+  return std::unique_ptr<Sequence>(std::move(sequence));
+}
+
+Status SequenceImpl::TakeHistory(const History& history) {
+  Tiers& tiers = core_->tiers;
+  const Tier pool = tiers.pool_tier();
+  std::vector<BlockPin> held;  // what is there must not make room for what is not
+  uint32_t pool_slots = 0, staging_slots = 0;
+  for (const BlockRef& block : history.blocks) {
+    for (Tier tier : {Tier::kDevice, Tier::kDram}) {
+      if (!block->absent(tier)) held.push_back(core_->directory.Pin(block, tier));
+    }
+    const bool needs_slot = block->num_tokens < block_size_ || block->absent(pool);
+    pool_slots += needs_slot;
+    staging_slots += needs_slot && pool == Tier::kDevice && block->absent(Tier::kDram);
+  }
+  Evictor& evictor = core_->evictor;
+  if (!evictor.CanMakeRoom(pool, pool_slots, false) ||
+      !evictor.CanMakeRoom(Tier::kDram, staging_slots, false)) {
+    return Status(Code::kExhausted, "no room for " + std::to_string(history.blocks.size()) +
+                                        " blocks of history now");
+  }
+  evictor.MakeRoom(pool, pool_slots, false);
+  evictor.MakeRoom(Tier::kDram, staging_slots, false);
+
+  cached_ = core_->Count(*chain_, history);
+  for (size_t i = 0; i < history.blocks.size(); ++i) {
+    const BlockRef& block = history.blocks[i];
+    Entry entry = block->num_tokens < block_size_ ? TakeTail(block) : TakeShared(block);
+    const SlotId slot = entry.pin               ? entry.pin.slot()
+                        : entry.fill != nullptr ? entry.fill->private_slot.id()
+                                                : entry.slot.id();
+    AddEntry(history.indices[i], std::move(entry), slot);
+    context_len_ += block->num_tokens;
+  }
+  num_computed_ = history.num_tokens;
+  num_dropped_ = entries_.empty() ? 0 : entries_.back().index + 1 - entries_.size();
+  return Status();
+}
+
+SequenceImpl::Entry SequenceImpl::TakeShared(const BlockRef& block) {
+  Tiers& tiers = core_->tiers;
+  const Tier pool = tiers.pool_tier();
+  Entry entry;
+  if (block->absent(pool)) {
+    Slot slot = tiers.pool().slots().Take();
+    if (pool == Tier::kDram) {
+      entry.fill = core_->preloader.StartRead(block, std::move(slot), false, id_);
+    } else {
+      if (block->absent(Tier::kDram)) {
+        core_->preloader.StartRead(block, tiers.dram->slots().Take(), false, id_);
+      }
+      entry.fill = core_->preloader.StartLoad(block, std::move(slot), id_);
+    }
+  } else {
+    entry.fill = block->copy(pool).fill;  // of someone else, if it is not there yet
+  }
+  entry.pin = core_->directory.Pin(block, pool);
+  return entry;
+}
+
+// A part-filled tail will be written to: its bytes go to a slot of our own.
+SequenceImpl::Entry SequenceImpl::TakeTail(const BlockRef& block) {
+  Tiers& tiers = core_->tiers;
+  Entry entry;
+  Slot slot = tiers.pool().slots().Take();
+  if (tiers.pool_tier() == Tier::kDevice) {
+    if (block->absent(Tier::kDram)) {
+      core_->preloader.StartRead(block, tiers.dram->slots().Take(), false, id_);
+    }
+    entry.fill = core_->preloader.StartPrivateLoad(block, std::move(slot), id_);
+  } else if (block->ready(Tier::kDram)) {
+    const SlotId source = block->copy(Tier::kDram).slot.id();
+    std::memcpy(tiers.dram->payload(slot.id()), tiers.dram->payload(source),
+                tiers.layout.payload_bytes());
+    entry.slot = std::move(slot);
+  } else {
+    entry.fill = core_->preloader.StartPrivateRead(block, std::move(slot), id_);
+  }
+  return entry;
+}
+
+void SequenceImpl::AddEntry(uint32_t index, Entry entry, SlotId slot) {
+  entry.index = index;
+  entries_.push_back(std::move(entry));
+  block_table_.push_back(static_cast<int32_t>(slot));
+}
+
+uint32_t SequenceImpl::room() const {
+  return window_ == UINT32_MAX ? UINT32_MAX : window_ - context_len_;
+}
+
+Status SequenceImpl::Reserve(uint32_t num_tokens) {
+  CA_CHECK(num_tokens <= room());
+  const uint32_t needed = core_->options.layout.num_blocks(uint64_t{context_len_} + num_tokens);
+  if (needed <= entries_.size()) return Status();
+  const auto more = static_cast<uint32_t>(needed - entries_.size());
+  const Tier pool = core_->tiers.pool_tier();
+  // A turn that runs is worth more than the save of one that does not.
+  if (!core_->evictor.CanMakeRoom(pool, more, /*lose_unsaved=*/true)) {
+    return Status(Code::kExhausted,
+                  "no room for " + std::to_string(more) + " more blocks: running turns hold all");
+  }
+  core_->evictor.MakeRoom(pool, more, /*lose_unsaved=*/true);
+  for (uint32_t i = 0; i < more; ++i) {
+    Entry entry;
+    entry.slot = core_->tiers.pool().slots().Take();
+    const SlotId slot = entry.slot.id();
+    AddEntry(static_cast<uint32_t>(entries_.size()) + num_dropped_, std::move(entry), slot);
+  }
+  return Status();
+}
+
+bool SequenceImpl::loading() const {
+  return std::ranges::any_of(entries_, [](const Entry& entry) {
+    return entry.fill != nullptr && !(entry.fill->done && entry.fill->status.ok());
+  });
+}
+
+// Lets go of the fills that are done; private slots become ours.
+void SequenceImpl::Settle() {
+  for (Entry& entry : entries_) {
+    if (entry.fill == nullptr || !entry.fill->done || !entry.fill->status.ok()) continue;
+    if (!entry.pin) entry.slot = std::move(entry.fill->private_slot);
+    entry.fill.reset();
+  }
+}
+
+Status SequenceImpl::WaitLayer(uint32_t layer) {
+  CA_CHECK(layer < core_->options.layout.num_layers);
+  core_->trace.Add(TraceKind::kWaitStart, id_, layer, 1, kNoSlot);
+  // Once without waiting: the next layers' reads start here, under this layer's compute.
+  for (int64_t timeout_us = 0;; timeout_us = kWaitUs) {
+    core_->Drive(timeout_us);
+    bool landed = true;
+    for (const Entry& entry : entries_) {
+      if (entry.fill == nullptr) continue;
+      if (!entry.fill->status.ok()) return entry.fill->status;
+      landed = landed && entry.fill->landed[layer];
+    }
+    if (landed) break;
+  }
+  Settle();
+  core_->trace.Add(TraceKind::kWaitEnd, id_, layer, 1, kNoSlot);
+  return Status();
+}
+
+void SequenceImpl::LayerDone(uint32_t layer, uint32_t num_tokens) {
+  core_->trace.Add(TraceKind::kComputeEnd, id_, layer, 1, kNoSlot);
+  if (core_->tiers.pool_tier() != Tier::kDevice) return;
+  const uint32_t end = (context_len_ + num_tokens) / block_size_;
+  for (uint32_t i = context_len_ / block_size_; i < end; ++i) {
+    Entry& entry = entries_[i];
+    if (layer == 0) entry.save = core_->saver.Begin(static_cast<SlotId>(block_table_[i]), id_);
+    if (entry.save != nullptr) core_->saver.Layer(entry.save, layer);
+  }
+}
+
+void SequenceImpl::Append(std::span<const TokenId> tokens) {
+  const auto known = chain_->tokens().subspan(num_computed_);
+  const size_t common = std::min(known.size(), tokens.size());
+  CA_CHECK(std::ranges::equal(tokens.first(common), known.first(common)));
+  CA_CHECK(context_len_ + tokens.size() <= entries_.size() * block_size_);
+  chain_->Append(tokens.subspan(common));
+  Settle();
+  const uint32_t first = context_len_ / block_size_;
+  num_computed_ += static_cast<uint32_t>(tokens.size());
+  context_len_ += static_cast<uint32_t>(tokens.size());
+  for (uint32_t i = first; i < context_len_ / block_size_; ++i) PublishFull(i);
+}
+
+BlockRef SequenceImpl::InsertBlock(const BlockKey& key, uint32_t index, uint32_t num_tokens) {
+  Directory& directory = core_->directory;
+  const BlockKey& parent = chain_->parent_key(index);
+  BlockRef block = directory.Insert(key, parent, num_tokens, index);
+  for (const Block* partial : directory.partials(parent)) {
+    const uint32_t shorter = partial->num_tokens;
+    if (shorter < num_tokens && chain_->PartialKey(index, shorter) == partial->key) {
+      block->replaces.push_back(partial->key);
+    }
+  }
+  core_->policy.Inserted(block.get());
+  return block;
+}
+
+// A block that someone else has published meanwhile stays ours alone.
+void SequenceImpl::PublishFull(uint32_t position) {
+  Entry& entry = entries_[position];
+  const Tier pool = core_->tiers.pool_tier();
+  const BlockKey& key = chain_->key(entry.index);
+  BlockRef block = core_->directory.Find(key);
+  if (block != nullptr && !block->absent(pool)) return;
+  const bool known = block != nullptr;
+  if (!known) block = InsertBlock(key, entry.index, block_size_);
+  core_->directory.FinishFill(core_->directory.BeginFill(block, pool, std::move(entry.slot)));
+  entry.pin = core_->directory.Pin(block, pool);
+  if (pool == Tier::kDram) {
+    core_->writes.Queue(block);
+    return;
+  }
+  if (known) return;  // DRAM or SSD has it
+  if (entry.save == nullptr) entry.save = core_->saver.Begin(entry.pin.slot(), id_);
+  if (entry.save != nullptr) core_->saver.Publish(entry.save, block);
+}
+
+void SequenceImpl::PublishTail(uint32_t position, uint32_t num_tokens) {
+  Entry& entry = entries_[position];
+  const BlockKey key = chain_->PartialKey(entry.index, num_tokens);
+  if (!entry.slot || core_->directory.Find(key) != nullptr) return;
+  Tiers& tiers = core_->tiers;
+  if (tiers.pool_tier() == Tier::kDram) {
+    ZeroUnusedTokens(tiers.layout, num_tokens, tiers.dram->payload(entry.slot.id()));
+    const BlockRef block = InsertBlock(key, entry.index, num_tokens);
+    core_->directory.FinishFill(
+        core_->directory.BeginFill(block, Tier::kDram, std::move(entry.slot)));
+    core_->writes.Queue(block);
+    return;
+  }
+  entry.save = core_->saver.Begin(entry.slot.id(), id_);
+  if (entry.save == nullptr) return;
+  entry.save->source_slot = std::move(entry.slot);
+  core_->saver.Publish(entry.save, InsertBlock(key, entry.index, num_tokens));
+}
+
+void SequenceImpl::Truncate() {
+  CA_CHECK(room() == 0);
+  const Cut* cut = chain_->CutBefore(static_cast<uint32_t>(entries_.size()) + num_dropped_);
+  CA_CHECK(cut != nullptr);
+  const auto first = entries_.begin() + cut->first_block;
+  for (auto it = first; it != first + cut->num_blocks; ++it) Release(std::move(*it));
+  entries_.erase(first, first + cut->num_blocks);
+  const auto slots = block_table_.begin() + cut->first_block;
+  block_table_.erase(slots, slots + cut->num_blocks);
+  num_dropped_ += cut->num_blocks;
+  context_len_ -= cut->num_blocks * block_size_;
+}
+
+// A save that reads from a private slot keeps it until it is done.
+void SequenceImpl::Release(Entry entry) {
+  if (entry.save != nullptr && entry.slot) entry.save->source_slot = std::move(entry.slot);
+}
+
+void SequenceImpl::Commit() {
+  if (!core_->sequences.contains(this)) return;
+  Settle();
+  const uint32_t tail = context_len_ % block_size_;
+  if (tail != 0) PublishTail(context_len_ / block_size_, tail);
+  ++core_->conversations_ended;
+  core_->conversation_bytes += context_len_ * core_->options.layout.bytes_per_token();
+  End();
+}
+
+void SequenceImpl::End() {
+  if (core_->sequences.erase(this) == 0) return;
+  std::vector<BlockRef> used;
+  for (const Entry& entry : entries_) {
+    if (entry.pin) used.push_back(entry.pin.block());
+  }
+  core_->policy.Touch(used);
+  for (Entry& entry : entries_) Release(std::move(entry));
+  entries_.clear();
+  block_table_.clear();
+}
+
+void SequenceImpl::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {
+  const auto pool = static_cast<int>(core_->tiers.pool_tier());
+  for (const Entry& entry : entries_) {
+    if (entry.slot) (*places)[pool].push_back(entry.slot.id());
+  }
+}
+
+}  // namespace cachedattn

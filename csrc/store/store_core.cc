@@ -1,0 +1,185 @@
+#include "csrc/store/store_core.h"
+
+#include <algorithm>
+
+#include "csrc/store/sequence.h"
+
+namespace cachedattn {
+
+namespace {
+
+constexpr int64_t kWaitUs = 1000;  // of one wait; who waits looks again after it
+
+uint32_t ReserveSlots(const StoreOptions& options, const Tiers& tiers) {
+  return static_cast<uint32_t>(options.dram_reserve * tiers.dram->slots().capacity());
+}
+
+}  // namespace
+
+StoreCore::StoreCore(const StoreOptions& store_options, Tiers&& opened)
+    : options(store_options),
+      tiers(std::move(opened)),
+      directory(options.layout.block_size),
+      policy(options.policy, &directory),
+      writes(&tiers, &directory, &trace),
+      evictor(&tiers, &directory, &writes, &trace, ReserveSlots(options, tiers)),
+      preloader(&tiers, &directory, &trace),
+      saver(&tiers, &directory, &evictor, &writes, &trace),
+      prefetcher(&tiers, &directory, &evictor, &preloader) {}
+
+Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progress) {
+  Result<std::vector<ScannedBlock>> scanned = tiers.ssd->Scan(progress);
+  if (!scanned.ok()) return scanned.status();
+  std::vector<BlockRef> blocks;
+  std::vector<uint64_t> generations;
+  uint64_t newest = 0;
+  for (const auto& [slot, header] : scanned.value()) {
+    const BlockRef block =
+        directory.Insert(header.key, header.parent, header.num_tokens, header.depth);
+    block->generation = header.generation;
+    directory.FinishFill(directory.BeginFill(block, Tier::kSsd, tiers.ssd_slots->TakeAt(slot)));
+    newest = std::max(newest, header.generation);
+    blocks.push_back(block);
+    generations.push_back(header.generation);
+  }
+  policy.Restore(blocks, generations);
+  writes.StartAfter(newest);
+  return Status();
+}
+
+void StoreCore::Drive(int64_t timeout_us) {
+  if (tiers.copy != nullptr) {
+    copied_.clear();
+    // With copies under way the wait is for them, and the disk is looked at after it.
+    const bool copying = tiers.copy->in_flight() > 0;
+    tiers.copy->Poll(&copied_, copying ? timeout_us : 0);
+    if (copying) timeout_us = 0;
+    for (uint64_t tag : copied_) {
+      (tag & kSaveTag) ? saver.OnCopy(tag) : preloader.OnLoad(tag);
+    }
+  }
+  if (tiers.ssd != nullptr) {
+    completions_.clear();
+    tiers.ssd->Poll(&completions_, tiers.ssd->in_flight() > 0 ? timeout_us : 0);
+    for (const SsdCompletion& done : completions_) {
+      (done.tag & kSaveTag) ? writes.OnDone(done.tag, done.status)
+                            : preloader.OnRead(done.tag, done.status);
+    }
+  }
+  preloader.Pump();
+  if (tiers.ssd != nullptr) {
+    prefetcher.Pump();
+    if (!preloader.reads_waiting()) writes.Pump();
+  }
+  evictor.KeepReserve();
+}
+
+void StoreCore::Flush() {
+  while (!writes.idle() || saver.num_in_flight() > 0) Drive(kWaitUs);
+}
+
+void StoreCore::FinishReads() {
+  while (!preloader.idle()) Drive(kWaitUs);
+}
+
+void StoreCore::SetQueue(std::span<const Chain* const> waiting) {
+  std::vector<std::pair<BlockKey, uint32_t>> queue;
+  for (const Chain* chain : waiting) {
+    queue.emplace_back(chain->parent_key(chain->num_full_blocks()), chain->num_tokens());
+  }
+  if (queue == last_queue_) return;
+  last_queue_ = std::move(queue);
+  policy.ClearProtection();
+  prefetcher.Clear();
+  if (policy.kind() != PolicyKind::kLookahead) return;
+
+  uint64_t mean = conversations_ended ? conversation_bytes / conversations_ended : 0;
+  if (mean == 0) {
+    for (const Chain* chain : waiting) {
+      mean += chain->num_tokens() * options.layout.bytes_per_token() / waiting.size();
+    }
+  }
+  const uint64_t ssd_bytes =
+      tiers.ssd ? tiers.ssd_slots->capacity() * options.layout.host_slot_bytes() : 0;
+  const Windows windows = ComputeWindows(tiers.dram->capacity_bytes(), ssd_bytes, mean);
+  for (uint32_t i = 0; i < std::min<size_t>(waiting.size(), windows.eviction); ++i) {
+    const History history = FindHistory(directory, *waiting[i], waiting[i]->num_tokens() - 1);
+    policy.Protect(history.blocks, i);
+    if (tiers.ssd != nullptr && i < windows.prefetch) prefetcher.Want(history.blocks);
+  }
+}
+
+CachedTokens StoreCore::Count(const Chain& chain, const History& history) const {
+  CachedTokens cached;
+  cached.total = history.num_tokens;
+  for (size_t i = 0; i < history.blocks.size(); ++i) {
+    const uint32_t first = history.indices[i] * chain.block_size();
+    const uint32_t tokens = std::min(chain.block_size(), history.num_tokens - first);
+    cached.by_tier[static_cast<int>(ServingTier(*history.blocks[i]))] += tokens;
+  }
+  return cached;
+}
+
+StoreStats StoreCore::Stats() const {
+  StoreStats stats;
+  for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
+    const SlotPool* slots = tiers.slots(tier);
+    if (slots == nullptr) continue;
+    TierStats& out = stats.tiers[static_cast<int>(tier)];
+    out.capacity_slots = slots->capacity();
+    out.used_slots = slots->capacity() - slots->num_free();
+    out.pinned_slots = directory.num_pinned(tier);
+    const uint64_t slot_bytes =
+        tier == Tier::kDevice ? options.layout.payload_bytes() : options.layout.host_slot_bytes();
+    out.capacity_bytes = slots->capacity() * slot_bytes;
+    stats.evictions[static_cast<int>(tier)] =
+        tier == Tier::kSsd ? writes.num_evicted() : evictor.num_evicted(tier);
+  }
+  stats.turns = counters.turns;
+  stats.tokens_requested = counters.tokens_requested;
+  stats.tokens_from[0] = counters.tokens_from_device;
+  stats.tokens_from[1] = counters.tokens_from_dram;
+  stats.tokens_from[2] = counters.tokens_from_ssd;
+  if (tiers.ssd != nullptr) {
+    stats.ssd_bytes_read = tiers.ssd->bytes_read();
+    stats.ssd_bytes_written = tiers.ssd->bytes_written();
+    stats.checksum_failures = tiers.ssd->checksum_failures();
+  }
+  stats.failed_loads = preloader.num_failed();
+  stats.failed_saves = writes.num_failed() + saver.num_failed();
+  stats.reads_in_flight = preloader.num_reads_in_flight();
+  stats.writes_in_flight = writes.num_in_flight();
+  stats.saves_waiting = writes.num_waiting() + saver.num_in_flight();
+  return stats;
+}
+
+StoreCounters StoreCore::TotalCounters() const {
+  const StoreCounters before = tiers.ssd->counters();
+  return {.turns = before.turns + counters.turns,
+          .tokens_requested = before.tokens_requested + counters.tokens_requested,
+          .tokens_from_device = before.tokens_from_device + counters.tokens_from_device,
+          .tokens_from_dram = before.tokens_from_dram + counters.tokens_from_dram,
+          .tokens_from_ssd = before.tokens_from_ssd + counters.tokens_from_ssd};
+}
+
+void StoreCore::CheckInvariants() const {
+  std::vector<SlotId> places[kNumTiers];
+  directory.CheckInvariants(&places);
+  preloader.AddPlaces(&places);
+  saver.AddPlaces(&places);
+  for (const SequenceImpl* sequence : sequences) sequence->AddPlaces(&places);
+  for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
+    const SlotPool* slots = tiers.slots(tier);
+    auto& held = places[static_cast<int>(tier)];
+    if (slots == nullptr) {
+      CA_CHECK(held.empty());
+      continue;
+    }
+    std::ranges::sort(held);
+    CA_CHECK(std::ranges::adjacent_find(held) == held.end());  // one owner each
+    for (SlotId slot : held) CA_CHECK(!slots->is_free(slot));
+    CA_CHECK(held.size() + slots->num_free() + slots->num_retired() == slots->capacity());
+  }
+}
+
+}  // namespace cachedattn

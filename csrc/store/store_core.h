@@ -1,0 +1,62 @@
+// StoreCore: the parts of one store, and what keeps them moving. Shared by the store and its
+// sequences, so that it is there until the last of them is gone.
+#pragma once
+
+#include <memory>
+#include <set>
+
+#include "csrc/store/lookup.h"
+#include "csrc/store/prefetch.h"
+#include "csrc/store/save.h"
+
+namespace cachedattn {
+
+class SequenceImpl;
+
+struct StoreCore {
+  StoreCore(const StoreOptions& options, Tiers&& opened);
+
+  // Lists the blocks that the SSD tier holds.
+  Status Restore(const std::function<void(uint64_t, uint64_t)>& progress);
+
+  // Lets finished moves take effect and starts what is due. Waits up to `timeout_us` for the
+  // first of them.
+  void Drive(int64_t timeout_us);
+
+  // Until no save and no write is left.
+  void Flush();
+  // Until no load is under way.
+  void FinishReads();
+
+  void SetQueue(std::span<const Chain* const> waiting);
+
+  CachedTokens Count(const Chain& chain, const History& history) const;
+  StoreStats Stats() const;
+  StoreCounters TotalCounters() const;  // of the file's whole life
+  void CheckInvariants() const;
+
+  const StoreOptions options;
+  Tiers tiers;
+  Trace trace;
+  Directory directory;
+  Policy policy;
+  WriteBehind writes;
+  Evictor evictor;
+  Preloader preloader;
+  Saver saver;
+  Prefetcher prefetcher;
+
+  bool closed = false;
+  std::set<SequenceImpl*> sequences;  // alive
+  uint64_t next_sequence_id = 1;
+  StoreCounters counters;            // since open
+  uint64_t conversations_ended = 0;  // for the mean size of one
+  uint64_t conversation_bytes = 0;
+
+ private:
+  std::vector<std::pair<BlockKey, uint32_t>> last_queue_;
+  std::vector<SsdCompletion> completions_;
+  std::vector<uint64_t> copied_;
+};
+
+}  // namespace cachedattn

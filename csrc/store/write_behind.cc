@@ -1,0 +1,87 @@
+#include "csrc/store/write_behind.h"
+
+namespace cachedattn {
+
+WriteBehind::WriteBehind(Tiers* tiers, Directory* directory, Trace* trace)
+    : tiers_(tiers), directory_(directory), trace_(trace) {}
+
+void WriteBehind::Queue(const BlockRef& block) {
+  if (tiers_->ssd == nullptr) {
+    directory_->DropReplaced(block.get());  // what would follow the write
+    return;
+  }
+  if (!block->absent(Tier::kSsd) || block->write_queued || block->write_failed) return;
+  block->write_queued = true;
+  queue_.push_back(block->key);
+}
+
+bool WriteBehind::MustDemote(const BlockRef& block) {
+  if (tiers_->ssd == nullptr || block->write_failed || !block->absent(Tier::kSsd)) return false;
+  if (block->write_queued) return true;
+  const auto& evictable = directory_->evictable(Tier::kSsd);
+  const bool worth = tiers_->ssd_slots->num_free() > 0 ||
+                     (!evictable.empty() && evictable.begin()->rank < block->rank);
+  if (worth) Queue(block);
+  return worth;
+}
+
+// A free place, or that of the SSD copy that ranks lowest, if lower than the incoming block.
+Slot WriteBehind::TakeSsdSlot(const Block& incoming) {
+  SlotPool& slots = *tiers_->ssd_slots;
+  if (slots.num_free() == 0) {
+    const auto& evictable = directory_->evictable(Tier::kSsd);
+    if (evictable.empty() || !(evictable.begin()->rank < incoming.rank)) return Slot();
+    Block* victim = evictable.begin()->block;
+    trace_->Add(TraceKind::kEvict, 0, 0, 0, victim->copy(Tier::kSsd).slot.id());
+    directory_->Drop(victim, Tier::kSsd);
+    ++num_evicted_;
+  }
+  return slots.Take();
+}
+
+void WriteBehind::Pump() {
+  while (!queue_.empty() && in_flight_.size() < max_in_flight_ && tiers_->ssd->can_submit()) {
+    const BlockRef block = directory_->Find(queue_.front());
+    queue_.pop_front();
+    if (block == nullptr || !block->write_queued) continue;
+    block->write_queued = false;
+    if (!block->ready(Tier::kDram) || !block->absent(Tier::kSsd)) continue;
+    if (Slot slot = TakeSsdSlot(*block)) Start(block, std::move(slot));
+  }
+}
+
+void WriteBehind::Start(const BlockRef& block, Slot slot) {
+  const SlotId ssd_slot = slot.id();
+  Write write{directory_->BeginFill(block, Tier::kSsd, std::move(slot)),
+              directory_->Pin(block, Tier::kDram)};
+  const BlockHeader header{.key = block->key,
+                           .parent = block->parent,
+                           .num_tokens = block->num_tokens,
+                           .depth = block->depth,
+                           .generation = ++generation_};
+  const SlotId dram_slot = write.source.slot();
+  trace_->Add(TraceKind::kWriteStart, 0, 0, tiers_->layout.num_layers, dram_slot);
+  const uint64_t tag = next_tag_++;
+  in_flight_.emplace(tag, std::move(write));
+  tiers_->ssd->StartWrite(ssd_slot, header, tiers_->dram->slot(dram_slot), tag);
+  block->generation = header.generation;
+}
+
+void WriteBehind::OnDone(uint64_t tag, const Status& status) {
+  auto node = in_flight_.extract(tag);
+  CA_CHECK(!node.empty());
+  Write& write = node.mapped();
+  const BlockRef block = write.source.block();
+  trace_->Add(TraceKind::kWriteEnd, 0, 0, tiers_->layout.num_layers, write.source.slot());
+  if (status.ok()) {
+    directory_->FinishFill(std::move(write.transfer));
+    directory_->DropReplaced(block.get());
+    return;
+  }
+  // The DRAM copy stays. The place is not used again, the block is not tried again.
+  ++num_failed_;
+  block->write_failed = true;
+  directory_->AbortFill(std::move(write.transfer)).Retire();
+}
+
+}  // namespace cachedattn

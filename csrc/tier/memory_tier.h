@@ -1,0 +1,47 @@
+// MemoryTier: one slab of memory cut into equal slots, for DRAM and for the emulated device pool.
+#pragma once
+
+#include <memory>
+#include <span>
+
+#include "csrc/base/kv_layout.h"
+#include "csrc/base/status.h"
+#include "csrc/tier/slot_pool.h"
+
+namespace cachedattn {
+
+class MemoryTier {
+ public:
+  // A slab of at most `bytes` (a hard cap), 2 MiB-aligned, with huge pages asked for. Memory is
+  // taken from the system when a slot is first written, not here. kInvalidArgument when `bytes`
+  // does not hold one slot; kExhausted when the address space is refused.
+  static Result<std::unique_ptr<MemoryTier>> Open(Tier tier, uint64_t bytes,
+                                                  const KvLayout& layout);
+  ~MemoryTier();
+  MemoryTier(const MemoryTier&) = delete;
+  MemoryTier& operator=(const MemoryTier&) = delete;
+
+  SlotPool& slots() { return slots_; }
+  const SlotPool& slots() const { return slots_; }
+
+  // Where a slot begins (its header page in DRAM), and where its first layer slice does.
+  std::byte* slot(SlotId id) const { return base_ + id * slot_bytes_; }
+  std::byte* payload(SlotId id) const { return slot(id) + header_bytes_; }
+
+  uint64_t slot_bytes() const { return slot_bytes_; }
+  uint64_t capacity_bytes() const { return slots_.capacity() * slot_bytes_; }
+  std::span<std::byte> slab() const { return {base_, capacity_bytes()}; }
+
+ private:
+  MemoryTier(void* mapping, uint64_t mapping_bytes, uint64_t slot_bytes, uint64_t header_bytes,
+             uint32_t num_slots);
+
+  void* const mapping_;
+  const uint64_t mapping_bytes_;
+  const uint64_t slot_bytes_;
+  const uint64_t header_bytes_;
+  std::byte* const base_;
+  SlotPool slots_;
+};
+
+}  // namespace cachedattn

@@ -1,0 +1,45 @@
+#include "csrc/tier/slot_pool.h"
+
+namespace cachedattn {
+
+void Slot::Release() {
+  if (pool_ != nullptr) pool_->Return(id_);
+  pool_ = nullptr;
+  id_ = kNoSlot;
+}
+
+void Slot::Retire() {
+  CA_CHECK(pool_ != nullptr);
+  ++pool_->num_retired_;
+  pool_ = nullptr;
+  id_ = kNoSlot;
+}
+
+SlotPool::SlotPool(uint32_t num_slots) : free_(num_slots), position_(num_slots) {
+  for (uint32_t i = 0; i < num_slots; ++i) {
+    free_[i] = num_slots - 1 - i;  // so that the lowest place is taken first
+    position_[free_[i]] = i;
+  }
+}
+
+Slot SlotPool::Take() { return free_.empty() ? Slot() : TakeAt(free_.back()); }
+
+Slot SlotPool::TakeAt(SlotId id) {
+  CA_CHECK(id < capacity() && is_free(id));
+  const uint32_t hole = std::exchange(position_[id], kNoSlot);
+  const SlotId last = free_.back();
+  free_.pop_back();
+  if (last != id) {
+    free_[hole] = last;
+    position_[last] = hole;
+  }
+  return Slot(this, id);
+}
+
+void SlotPool::Return(SlotId id) {
+  CA_CHECK(!is_free(id));
+  position_[id] = num_free();
+  free_.push_back(id);
+}
+
+}  // namespace cachedattn

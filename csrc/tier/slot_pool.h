@@ -1,0 +1,71 @@
+// SlotPool: the places of one tier. Each is free, retired, or owned by exactly one Slot.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "csrc/base/check.h"
+#include "csrc/base/types.h"
+
+namespace cachedattn {
+
+class SlotPool;
+
+// The right to a place for one block. Move-only: holding one is what keeps others out; letting go
+// of it frees the place.
+class Slot {
+ public:
+  Slot() = default;
+  Slot(Slot&& other) noexcept
+      : pool_(std::exchange(other.pool_, nullptr)), id_(std::exchange(other.id_, kNoSlot)) {}
+  Slot& operator=(Slot&& other) noexcept {
+    if (this != &other) {
+      Release();
+      pool_ = std::exchange(other.pool_, nullptr);
+      id_ = std::exchange(other.id_, kNoSlot);
+    }
+    return *this;
+  }
+  ~Slot() { Release(); }
+
+  SlotId id() const { return id_; }
+  explicit operator bool() const { return pool_ != nullptr; }
+
+  void Release();  // the place is free again
+  void Retire();   // the place is bad: nobody gets it again
+
+ private:
+  friend class SlotPool;
+  Slot(SlotPool* pool, SlotId id) : pool_(pool), id_(id) {}
+
+  SlotPool* pool_ = nullptr;
+  SlotId id_ = kNoSlot;
+};
+
+// Not thread-safe: belongs to the store's control thread. Outlives its Slots.
+class SlotPool {
+ public:
+  explicit SlotPool(uint32_t num_slots);
+  SlotPool(const SlotPool&) = delete;
+  SlotPool& operator=(const SlotPool&) = delete;
+
+  // An empty Slot when none is free.
+  Slot Take();
+  // The place `id`, which must be free (an index being rebuilt knows where its blocks are).
+  Slot TakeAt(SlotId id);
+
+  uint32_t capacity() const { return static_cast<uint32_t>(position_.size()); }
+  uint32_t num_free() const { return static_cast<uint32_t>(free_.size()); }
+  uint32_t num_retired() const { return num_retired_; }
+  bool is_free(SlotId id) const { return position_[id] != kNoSlot; }
+
+ private:
+  friend class Slot;
+  void Return(SlotId id);
+
+  std::vector<SlotId> free_;        // a stack: the warmest place is taken first
+  std::vector<uint32_t> position_;  // of each place in free_; kNoSlot: not free
+  uint32_t num_retired_ = 0;
+};
+
+}  // namespace cachedattn
