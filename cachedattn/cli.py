@@ -42,7 +42,7 @@ Store = Annotated[Path, typer.Argument(help="Directory of a store's SSD tier.")]
 def demo(
     model: Model = None,
     output: Annotated[Path, typer.Option(help="Folder for the chart and the store.")] = Path(
-        "cachedattn-demo"
+        "demo_output"
     ),
     dtype: Dtype = "bfloat16",
     threads: Threads = None,

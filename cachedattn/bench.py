@@ -1,0 +1,160 @@
+"""`cachedattn bench ttft`: time to first token by where the history comes from."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from cachedattn.batch import make_batch
+from cachedattn.cli_common import find_model, load_engine, run, tie_of, with_store
+from cachedattn.demo import conversation
+from cachedattn.engine import Engine
+from cachedattn.sampling import SamplingParams
+
+SOURCES = ("recompute", "floor", "dram", "ssd")
+ONE_TOKEN = SamplingParams(max_tokens=1)
+
+
+def token_ids(engine: Engine, count: int) -> list[int]:
+    """`count` ids of the recorded conversation's text, from its start and over again."""
+    if engine.tokenizer is None:
+        raise ValueError("this model has no tokenizer, and the benchmark's text needs one")
+    ids = engine.tokenizer.encode("\n\n".join(conversation()["user_turns"]))
+    return (ids * (count // len(ids) + 1))[:count]
+
+
+def floor_seconds(engine: Engine, prompt: list[int], history: int) -> tuple[float, int]:
+    """Seconds and first token of the new tokens alone: the history is in the slots, found,
+    pinned and loaded before the clock starts, so nothing is looked up or moved under it."""
+    request = engine.add_request(prompt, ONE_TOKEN)
+    work = engine.scheduler.schedule()
+    for layer in range(len(engine.store.kv)):
+        if request.sequence.loading:
+            request.sequence.wait_layer(layer)
+    if [num_tokens for _, num_tokens in work] != [len(prompt) - history]:
+        raise RuntimeError(f"floor: {work[0][1]} tokens left to compute")
+    begin = time.perf_counter()
+    logits = engine.model.forward(make_batch(work, engine.store))
+    token = request.sampler(logits[-1])
+    seconds = time.perf_counter() - begin
+    engine.abort(request)
+    return seconds, token
+
+
+def trial(
+    source: str, baseline: Engine, store: Engine, prompt: list[int], history: int
+) -> tuple[float, int]:
+    """Seconds to the first token, and the token. RuntimeError: the history came from elsewhere,
+    so the figure would be of something else."""
+    if source == "recompute":
+        reply = run(baseline, baseline.add_request(prompt, ONE_TOKEN))
+        return reply.ttft_s, reply.token_ids[0]
+    # Leaves exactly the history in the store, its part-filled tail included.
+    run(store, store.add_request(prompt[:history], ONE_TOKEN))
+    store.store.flush()
+    if source == "floor":
+        return floor_seconds(store, prompt, history)
+    if source == "ssd":
+        store.store.drop_tier("dram")
+    reply = run(store, store.add_request(prompt, ONE_TOKEN))
+    if reply.cached_from[source] != history:
+        raise RuntimeError(f"{source}: the history of {history} came from {reply.cached_from}")
+    return reply.ttft_s, reply.token_ids[0]
+
+
+def measure(
+    baseline: Engine, store: Engine, history: int, new: int, repeats: int, bar: Progress
+) -> tuple[dict[str, list[float]], bool]:
+    """Seconds of every round by source, and whether the first tokens agree, near ties apart."""
+    ids = token_ids(baseline, history + new + repeats)
+    times: dict[str, list[float]] = {source: [] for source in SOURCES}
+    agree = True
+    task = bar.add_task(f"history {history:,}", total=(repeats + 1) * len(SOURCES))
+    for number in range(repeats + 1):
+        # Other new tokens each round: the last round's blocks must not be history for this one.
+        prompt = ids[:history] + ids[history + number : history + number + new]
+        tokens = []
+        for source in SOURCES:
+            seconds, token = trial(source, baseline, store, prompt, history)
+            if number > 0:  # the first round warms up
+                times[source].append(seconds)
+            tokens.append(token)
+            bar.advance(task)
+        if len(set(tokens)) > 1:
+            engines = {"recompute": baseline, "store": store}
+            agree &= tie_of(engines, prompt, sorted(set(tokens)))["near_tie"]
+    return times, agree
+
+
+def rows_of(history: int, new: int, times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """One result per source: medians, and medians of the rounds' ratios."""
+    rows = []
+    for source in SOURCES:
+        row: dict[str, Any] = {"history": history, "new": new, "source": source}
+        row["ttft_s"] = statistics.median(times[source])
+        for other in ("recompute", "floor"):
+            pairs = zip(times[source], times[other], strict=True)
+            row[f"ratio_to_{other}"] = statistics.median(a / b for a, b in pairs)
+        rows.append(row)
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]], model: str, dtype: str, repeats: int) -> None:
+    """The results for people."""
+    table = Table(title=f"Time to first token, {model}, {dtype}, medians of {repeats} rounds")
+    for name in ("history", "new", "source", "TTFT, s", "/ recompute", "/ floor"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for row in rows:
+        table.add_row(
+            f"{row['history']:,}",
+            str(row["new"]),
+            row["source"],
+            f"{row['ttft_s']:.4f}",
+            f"{row['ratio_to_recompute']:.4f}",
+            f"{row['ratio_to_floor']:.3f}",
+            end_section=row["source"] == SOURCES[-1],
+        )
+    Console().print(table)
+
+
+def run_ttft(
+    lengths: list[int],
+    new: int,
+    repeats: int,
+    model: Path | None,
+    dtype: str,
+    threads: int | None,
+    as_json: bool,
+) -> int:
+    """Measures and prints; the exit code: 1 if first tokens differ, near ties apart."""
+    path = find_model(model)
+    window = max(lengths) + new + 1
+    baseline = load_engine(path, threads, dtype=dtype, max_model_len=window)
+    rows, agree = [], True
+    # Not the system's folder for temporary files, which may lie in memory.
+    with (
+        tempfile.TemporaryDirectory(dir=".", prefix="cachedattn-bench-") as folder,
+        baseline,
+        with_store(baseline, Path(folder) / "store") as store,
+        Progress(console=Console(stderr=True), transient=True) as bar,
+    ):
+        for history in lengths:
+            times, same = measure(baseline, store, history, new, repeats, bar)
+            agree &= same
+            for row in rows_of(history, new, times):
+                rows.append(row)
+                if as_json:
+                    print(json.dumps(row), flush=True)
+    if not as_json:
+        print_table(rows, path.stem, dtype, repeats)
+    if not agree:
+        Console(stderr=True).print("First tokens differ by more than a near tie.")
+    return 0 if agree else 1
