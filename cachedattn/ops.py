@@ -11,6 +11,7 @@ Two tables hold the angles: `rope_lo = rope_table(inv_freq, 256, 1)` and
 Bad arguments raise RuntimeError naming the argument; ids and positions are always checked.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -18,6 +19,21 @@ from torch import Tensor
 
 torch.ops.load_library(Path(__file__).parent / "libcachedattn_torch.so")
 _ops = torch.ops.cachedattn
+
+
+def cpu_isa() -> str:
+    """The CPU kernels in use: 'reference', 'avx2' or 'avx512'.
+
+    The widest that this machine has, or what CACHEDATTN_CPU_ISA named when this was imported.
+    """
+    return _ops.cpu_isa.default()
+
+
+if os.environ.get("CACHEDATTN_CPU_ISA", cpu_isa()) != cpu_isa():
+    raise ImportError(
+        f"CACHEDATTN_CPU_ISA={os.environ['CACHEDATTN_CPU_ISA']}: unknown, or not on this machine, "
+        f"which has kernels up to {cpu_isa()}"
+    )
 
 
 def rope_table(inv_freq: Tensor, n: int, stride: int) -> Tensor:

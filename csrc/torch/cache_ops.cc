@@ -1,6 +1,8 @@
-// rope_table, rope_apply_, kv_append, merge_states on CPU: checks, outputs, parameters, call.
+// rope_table, rope_apply_, kv_append, merge_states on CPU, cpu_isa: checks, outputs, parameters,
+// call.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
 #include <tuple>
 
 #include "csrc/torch/checks.h"
@@ -94,8 +96,14 @@ std::tuple<Tensor, Tensor> MergeStatesOp(const Tensor& o, const Tensor& lse) {
   return {out, out_lse};
 }
 
+std::string CpuIsaOp() { return CpuIsaName(); }
+
 }  // namespace
 }  // namespace cachedattn
+
+STABLE_TORCH_LIBRARY_IMPL(cachedattn, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cachedattn::CpuIsaOp));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(cachedattn, CPU, m) {
   m.impl("rope_table", TORCH_BOX(&cachedattn::RopeTableOp));

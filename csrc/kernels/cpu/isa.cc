@@ -1,8 +1,41 @@
 #include "csrc/kernels/cpu/isa.h"
 
-namespace cachedattn {
+#include <cstdlib>
+#include <cstring>
 
-const CpuKernels& ActiveCpuKernels() { return kReferenceKernels; }
+namespace cachedattn {
+namespace {
+
+bool HasAvx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool HasAvx512() {
+  return HasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+// The table that CACHEDATTN_CPU_ISA names, or the widest one; never one the machine lacks.
+const CpuKernels& Choose() {
+  const CpuKernels* best = HasAvx512() ? &kAvx512Kernels
+                           : HasAvx2() ? &kAvx2Kernels
+                                       : &kReferenceKernels;
+  const char* asked = std::getenv("CACHEDATTN_CPU_ISA");
+  if (asked == nullptr) return *best;
+  for (const CpuKernels* kernels : {&kReferenceKernels, &kAvx2Kernels, &kAvx512Kernels}) {
+    if (std::strcmp(asked, kernels->name) == 0) return *kernels;
+    if (kernels == best) break;
+  }
+  return *best;
+}
+
+}  // namespace
+
+const CpuKernels& ActiveCpuKernels() {
+  static const CpuKernels& kernels = Choose();
+  return kernels;
+}
 
 const char* CpuIsaName() { return ActiveCpuKernels().name; }
 

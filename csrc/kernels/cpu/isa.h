@@ -23,8 +23,8 @@ struct AttnState {
   float* m = nullptr;  // [R]
   float* l = nullptr;  // [R]
 };
-constexpr int64_t StateFloats(int64_t rows, int head_dim) { return rows * (head_dim + 2); }
-inline AttnState StateAt(float* base, int64_t rows, int head_dim) {
+static constexpr int64_t StateFloats(int64_t rows, int head_dim) { return rows * (head_dim + 2); }
+static inline AttnState StateAt(float* base, int64_t rows, int head_dim) {
   return {base, base + rows * head_dim, base + rows * (head_dim + 1)};
 }
 
@@ -40,7 +40,7 @@ struct CpuKernels {
   void (*rope)(const RopeApplyParams& params, int64_t begin, int64_t end);
 };
 
-extern const CpuKernels kReferenceKernels;
+extern const CpuKernels kReferenceKernels, kAvx2Kernels, kAvx512Kernels;
 const CpuKernels& ActiveCpuKernels();
 
 }  // namespace cachedattn

@@ -1,0 +1,112 @@
+// 16-lane vectors (AVX-512 F, BW, DQ, VL). Included by one translation unit per instruction set,
+// inside its anonymous namespace: nothing here may leak into portable code.
+#pragma once
+
+struct Simd {
+  using F = __m512;
+  static constexpr int kLanes = 16;
+  // A register tile of 6 rows x 4 vectors: 24 sums + 4 loads + a broadcast of 32 registers; 24
+  // independent FMAs hide 4 cycles x 2 ports.
+  static constexpr int kColumns = 4;
+  static constexpr int kDotRows = 4;  // 4 rows x 4 keys of sums in decode
+
+  static F Zero() { return _mm512_setzero_ps(); }
+  static F Set(float x) { return _mm512_set1_ps(x); }
+  static F Load(const float* p) { return _mm512_loadu_ps(p); }
+  static F Load(const Bf16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static F Load(const Fp16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void Store(F x, float* p) { _mm512_storeu_ps(p, x); }
+  static void Store(F x, Bf16* p) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  }
+  static void Store(F x, Fp16* p) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  static F Add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F Sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F Div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F Max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F Min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a * b + c
+  static F Fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
+  static F Round(F x) {
+    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+  static F Scale(F x, F exponent) { return _mm512_scalef_ps(x, exponent); }  // x * 2^exponent
+  static float ReduceMax(F x) { return _mm512_reduce_max_ps(x); }
+  static float ReduceAdd(F x) { return _mm512_reduce_add_ps(x); }
+
+  // Lanes [begin, end) of x, `other` elsewhere.
+  static F Keep(F x, int begin, int end, F other) {
+    const uint32_t below_end = end >= 16 ? 0xffffu : end <= 0 ? 0u : (1u << end) - 1;
+    const uint32_t below_begin = begin >= 16 ? 0xffffu : begin <= 0 ? 0u : (1u << begin) - 1;
+    return _mm512_mask_mov_ps(other, static_cast<__mmask16>(below_end & ~below_begin), x);
+  }
+
+  // Interleaved pairs: (a0, b0, a1, b1, ..).
+  static F SwapPairs(F x) { return _mm512_permute_ps(x, 0xb1); }
+  static F Evens(F x) { return _mm512_moveldup_ps(x); }
+  static F Odds(F x) { return _mm512_movehdup_ps(x); }
+  static F NegateEvens(F x) {
+    return _mm512_castsi512_ps(
+        _mm512_xor_si512(_mm512_castps_si512(x), _mm512_set1_epi64(int64_t{0x80000000})));
+  }
+  // 32 floats at p: the even ones to a, the odd ones to b.
+  static void Split(const float* p, F* a, F* b) {
+    const F x = Load(p), y = Load(p + 16);
+    const __m512i even =
+        _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    *a = _mm512_permutex2var_ps(x, even, y);
+    *b = _mm512_permutex2var_ps(x, _mm512_add_epi32(even, _mm512_set1_epi32(1)), y);
+  }
+
+  // The sums of a, b, c and d to p[0..3].
+  static void Sum4(F a, F b, F c, F d, float* p) {
+    const F ab = Add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const F cd = Add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const F abcd = Add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half =
+        _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  }
+
+  // out[c * out_stride + r] = in[r * in_stride + c] for 16 x 16.
+  static void Transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+    F x[16], y[16];
+    for (int i = 0; i < 16; i += 2) {
+      const F a = Load(in + i * in_stride), b = Load(in + (i + 1) * in_stride);
+      x[i] = _mm512_unpacklo_ps(a, b);
+      x[i + 1] = _mm512_unpackhi_ps(a, b);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      y[i] = _mm512_shuffle_ps(x[i], x[i + 2], 0x44);
+      y[i + 1] = _mm512_shuffle_ps(x[i], x[i + 2], 0xee);
+      y[i + 2] = _mm512_shuffle_ps(x[i + 1], x[i + 3], 0x44);
+      y[i + 3] = _mm512_shuffle_ps(x[i + 1], x[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const F a = _mm512_shuffle_f32x4(y[i], y[i + 4], 0x88);
+      const F b = _mm512_shuffle_f32x4(y[i], y[i + 4], 0xdd);
+      const F c = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0x88);
+      const F d = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0xdd);
+      Store(_mm512_shuffle_f32x4(a, c, 0x88), out + i * out_stride);
+      Store(_mm512_shuffle_f32x4(b, d, 0x88), out + (i + 4) * out_stride);
+      Store(_mm512_shuffle_f32x4(a, c, 0xdd), out + (i + 8) * out_stride);
+      Store(_mm512_shuffle_f32x4(b, d, 0xdd), out + (i + 12) * out_stride);
+    }
+  }
+};
