@@ -47,11 +47,13 @@ clean:  ## Remove build output; .venv stays
 .venv/.torch: scripts/install_system.sh scripts/install_torch.py
 	PYTHON=$(PYTHON) scripts/install_system.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing build tools and torch into .venv"
 	$(PIP) install -q 'pip>=23.1' $(BUILD_TOOLS)
 	CACHEDATTN_TORCH='$(CACHEDATTN_TORCH)' $(BIN)/python scripts/install_torch.py
 	touch $@
 
 .venv/.package: .venv/.torch pyproject.toml setup.py
+	@echo "Building (about a minute and a half on two cores)"
 	$(PIP) install -q --no-build-isolation -e '.[demo]'
 	touch $@
 
