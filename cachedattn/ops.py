@@ -136,6 +136,15 @@ def merge_states(o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     return _ops.merge_states.default(o, lse)
 
 
+def kv_pool_layer(store: int, layer: int) -> Tensor:
+    """Layer `layer` of a store's pool as kv [slots, 2, H, P, D]: a view, nothing is copied.
+
+    store: `AttentionStore.handle`. The store must outlive the tensor. Not traceable: call it
+    outside of compiled code and pass the tensor in.
+    """
+    return _ops.kv_pool_layer.default(store, layer)
+
+
 @torch.library.register_fake("cachedattn::rope_table")
 def _(inv_freq: Tensor, n: int, stride: int) -> Tensor:
     return inv_freq.new_empty((n, inv_freq.shape[0], 2), dtype=torch.float32)

@@ -23,7 +23,7 @@ class Scratch {
   float* Get(int64_t floats) {
     if (floats > size_) {
       data_.reset(static_cast<float*>(
-          ::operator new (floats * sizeof(float), std::align_val_t{kAlignment})));
+          ::operator new(floats * sizeof(float), std::align_val_t{kAlignment})));
       size_ = floats;
     }
     return data_.get();
@@ -31,7 +31,7 @@ class Scratch {
 
  private:
   struct Delete {
-    void operator()(float* data) const { ::operator delete (data, std::align_val_t{kAlignment}); }
+    void operator()(float* data) const { ::operator delete(data, std::align_val_t{kAlignment}); }
   };
   std::unique_ptr<float[], Delete> data_;
   int64_t size_ = 0;

@@ -5,6 +5,8 @@
 //   CA_SIMD_NARROWER the table that serves what needs narrower vectors
 // Everything but the table has internal linkage, and no standard header with inline functions is
 // used: the linker must never pick code built for this instruction set for portable callers.
+#pragma once
+
 #include <immintrin.h>
 
 #include "csrc/kernels/cpu/isa.h"
