@@ -119,7 +119,7 @@ Status SsdFile::ReadOrCreate(const SsdOptions& options, uint32_t num_slots) {
   struct stat info;
   if (::fstat(fd(), &info) != 0) return ErrnoStatus("cannot stat " + path_, errno);
   if (info.st_size == 0) {
-    Status status = Create(options);
+    Status status = Create(options, num_slots);
     if (status.ok()) status = Resize(num_slots);
     // Else the next try would find half a file.
     if (!status.ok()) ::unlinkat(directory_.get(), kFileName, 0);
@@ -170,7 +170,7 @@ Status SsdFile::Load() {
   return Status();
 }
 
-Status SsdFile::Create(const SsdOptions& options) {
+Status SsdFile::Create(const SsdOptions& options, uint32_t num_slots) {
   superblock_ = Superblock();
   if (::getrandom(superblock_.uuid.data(), superblock_.uuid.size(), 0) !=
       static_cast<ssize_t>(superblock_.uuid.size())) {
@@ -182,6 +182,7 @@ Status SsdFile::Create(const SsdOptions& options) {
   superblock_.head_dim = options.layout.head_dim;
   superblock_.block_size = options.layout.block_size;
   superblock_.dtype = static_cast<uint32_t>(options.layout.dtype);
+  superblock_.num_slots = num_slots;
   superblock_.slot_bytes = options.layout.host_slot_bytes();
   const size_t length = std::min(options.model_name.size(), superblock_.model_name.size() - 1);
   std::memcpy(superblock_.model_name.data(), options.model_name.data(), length);
@@ -235,10 +236,8 @@ Status SsdFile::Resize(uint32_t num_slots) {
   if (!status.ok()) return status;
   file_bytes_ = bytes;
   superblock_.clean = 0;
-  const bool resized = superblock_.num_slots != num_slots;
   superblock_.num_slots = num_slots_ = num_slots;
   status = WriteSuperblock();
-  if (status.ok() && resized) status = WriteSuperblock();  // the older copy has the old size
   if (status.ok() && ::fdatasync(fd()) != 0) {
     status = ErrnoStatus("cannot sync " + path_ + "/" + kFileName, errno);
   }

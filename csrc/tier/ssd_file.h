@@ -40,7 +40,7 @@ class SsdFile {
   Status OpenDirectory(const std::string& directory, bool create);
   Status Lock();
   Status Load();
-  Status Create(const SsdOptions& options);
+  Status Create(const SsdOptions& options, uint32_t num_slots);
   Status CheckMatch(const SsdOptions& options) const;
   Status Resize(uint32_t num_slots);
   Status Reserve(uint64_t bytes);

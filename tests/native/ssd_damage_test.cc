@@ -103,6 +103,18 @@ TEST_F(SsdDamageTest, AFlippedPayloadByteIsFoundInItsLayer) {
   EXPECT_TRUE(Read(1).ok());
 }
 
+TEST_F(SsdDamageTest, DamageFailsTheGroupThatHoldsIt) {
+  FlipByte(file_, SlotOffset(1) + SmallLayout().host_slice_offset(2));
+  auto tier = MustOpen(options_);
+  HostSlot host;
+  for (uint32_t layer = 0; layer < 3; ++layer) {
+    tier->StartRead(1, HeaderOfBlock(1), layer, 1, host.data(), layer);
+  }
+  for (const SsdCompletion& completion : Drain(tier.get())) {
+    EXPECT_EQ(completion.status.code(), completion.tag == 2 ? Code::kCorrupt : Code::kOk);
+  }
+}
+
 TEST_F(SsdDamageTest, SwappedAndOldSlotsAreFound) {
   const auto one = ReadRaw<SlotBytes>(file_, SlotOffset(1));
   WriteRaw(file_, SlotOffset(1), ReadRaw<SlotBytes>(file_, SlotOffset(2)));
