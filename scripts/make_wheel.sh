@@ -7,9 +7,10 @@ platform=manylinux_2_35_x86_64  # what gcc 12 on Debian 12 gives: Debian 12+, Ub
 
 # Other interpreters with headers: on PATH, or installed by pyenv.
 find_others() {
-  local candidate
+  local candidate own_minor
+  own_minor=$(python -c 'import sys; print(sys.version_info[1])')
   for candidate in python3.{10..20} "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.*/bin/python; do
-    "$candidate" - "$(python -c 'import sys; print(sys.version_info[1])')" 2>/dev/null <<'PY' || true
+    "$candidate" - "$own_minor" 2>/dev/null <<'PY' || true
 import os, sys, sysconfig
 minor = sys.version_info[1]
 if (sys.implementation.name == "cpython" and minor >= 10 and minor != int(sys.argv[1])

@@ -30,7 +30,7 @@ LAYERS = {
     "csrc/store/": ("csrc/store/", "csrc/tier/", "csrc/copy/", "csrc/io/", "csrc/base/"),
     "csrc/kernels/": ("csrc/kernels/", "csrc/base/types.h"),
     "csrc/torch/": ("csrc/torch/", "csrc/kernels/params.h", "csrc/store/", "csrc/base/"),
-    "csrc/python/": ("csrc/python/", "csrc/store/", "csrc/base/"),
+    "csrc/python/": ("csrc/python/", "csrc/store/", "csrc/tier/", "csrc/io/", "csrc/base/"),
 }
 # Headers from outside that only some places may include.
 OUTSIDE = {
@@ -39,12 +39,11 @@ OUTSIDE = {
     r"pybind11/|Python\.h": ("csrc/python/",),
     r"cuda|cu\w+\.h": ("csrc/copy/cuda_", "csrc/kernels/cuda/"),
 }
-# Each with what to write instead. Split here so that this file passes its own rule.
+# Each with what to write instead. No pattern matches itself, so that this file passes its rule.
 BANNED = {
-    r"\bTO" r"DO\b|\bFIX" r"ME\b|\bXX" r"X\b": "finish it, or open an issue",
-    r"/wo" r"rk/|/ro" r"ot/|/ho" r"me/\w": "a path that holds on every machine",
-    r"/opt/(wh" r"eels|py" r"pi)": "a path that holds on every machine",
-    r"pypi\.o" r"rg|pythonho" r"sted|download\.pyto" r"rch|registry\.": "the user's pip settings",
+    r"\bTOD[O]\b|\bFIXM[E]\b|\bXX[X]\b": "finish it, or open an issue",
+    r"/wor[k]/|/roo[t]/|/hom[e]/\w|/opt/(whee[l]s|pyp[i])": "a path that holds on every machine",
+    r"pypi\.or[g]|pythonhoste[d]|download\.pytorc[h]": "the user's pip settings",
 }
 
 
@@ -243,9 +242,9 @@ RULES: dict[Callable[[Tree], Iterator[str]], list[tuple[str, str, str]]] = {
         ("csrc/copy/a.cc", "#include <cuda_runtime_api.h>\n", "only in csrc/copy/cuda_"),
     ],
     check_words: [
-        ("a.md", "TODO: more\n", "a.md:1: 'TODO'"),
-        ("a.py", "p = '/root/x'\n", "a.py:1"),
-        ("Makefile", "URL = https://pypi.org/simple\n", "Makefile:1"),
+        ("a.md", "{}: more\n".format("TO" + "DO"), "a.md:1"),
+        ("a.py", "p = '/{}/x'\n".format("root"), "a.py:1"),
+        ("Makefile", "URL = https://{}.org/simple\n".format("pypi"), "Makefile:1"),
     ],
     check_listed: [
         ("csrc/base/a.cc", "", "csrc/base/a.cc is in no CMakeLists.txt"),

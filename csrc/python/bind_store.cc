@@ -50,18 +50,30 @@ Tier ParseTier(const std::string& name) {
 
 const char* TraceName(TraceKind kind) {
   switch (kind) {
-    case TraceKind::kReadStart: return "read_start";
-    case TraceKind::kReadEnd: return "read_end";
-    case TraceKind::kLoadStart: return "load_start";
-    case TraceKind::kLoadEnd: return "load_end";
-    case TraceKind::kSaveStart: return "save_start";
-    case TraceKind::kSaveEnd: return "save_end";
-    case TraceKind::kWriteStart: return "write_start";
-    case TraceKind::kWriteEnd: return "write_end";
-    case TraceKind::kWaitStart: return "wait_start";
-    case TraceKind::kWaitEnd: return "wait_end";
-    case TraceKind::kComputeEnd: return "compute_end";
-    case TraceKind::kEvict: return "evict";
+    case TraceKind::kReadStart:
+      return "read_start";
+    case TraceKind::kReadEnd:
+      return "read_end";
+    case TraceKind::kLoadStart:
+      return "load_start";
+    case TraceKind::kLoadEnd:
+      return "load_end";
+    case TraceKind::kSaveStart:
+      return "save_start";
+    case TraceKind::kSaveEnd:
+      return "save_end";
+    case TraceKind::kWriteStart:
+      return "write_start";
+    case TraceKind::kWriteEnd:
+      return "write_end";
+    case TraceKind::kWaitStart:
+      return "wait_start";
+    case TraceKind::kWaitEnd:
+      return "wait_end";
+    case TraceKind::kComputeEnd:
+      return "compute_end";
+    case TraceKind::kEvict:
+      return "evict";
   }
   return "unknown";
 }

@@ -61,9 +61,12 @@ inline void FromFloat(float value, Fp16* out) {
 template <typename Fn>
 void WithElement(DType dtype, Fn&& fn) {
   switch (dtype) {
-    case DType::kFloat32: return fn(static_cast<float*>(nullptr));
-    case DType::kBFloat16: return fn(static_cast<Bf16*>(nullptr));
-    case DType::kFloat16: return fn(static_cast<Fp16*>(nullptr));
+    case DType::kFloat32:
+      return fn(static_cast<float*>(nullptr));
+    case DType::kBFloat16:
+      return fn(static_cast<Bf16*>(nullptr));
+    case DType::kFloat16:
+      return fn(static_cast<Fp16*>(nullptr));
   }
 }
 

@@ -40,9 +40,12 @@ int64_t Scratch(const AttnParams& p, int64_t rows) {
 void Attend(const AttnParams& p, const AttnTask& task, const AttnState& state, float* scratch) {
   if (!CanRotate(p.rope)) return CA_SIMD_NARROWER.attend(p, task, state, scratch);
   switch (p.kv.dtype) {
-    case DType::kFloat32: return AttendRows<float>(p, task, state, scratch);
-    case DType::kBFloat16: return AttendRows<Bf16>(p, task, state, scratch);
-    case DType::kFloat16: return AttendRows<Fp16>(p, task, state, scratch);
+    case DType::kFloat32:
+      return AttendRows<float>(p, task, state, scratch);
+    case DType::kBFloat16:
+      return AttendRows<Bf16>(p, task, state, scratch);
+    case DType::kFloat16:
+      return AttendRows<Fp16>(p, task, state, scratch);
   }
 }
 
@@ -94,18 +97,24 @@ void FinishRows(const AttnParams& p, const AttnTask& task, float* states, int nu
 
 void Finish(const AttnParams& p, const AttnTask& task, float* states, int num_splits) {
   switch (p.kv.dtype) {
-    case DType::kFloat32: return FinishRows<float>(p, task, states, num_splits);
-    case DType::kBFloat16: return FinishRows<Bf16>(p, task, states, num_splits);
-    case DType::kFloat16: return FinishRows<Fp16>(p, task, states, num_splits);
+    case DType::kFloat32:
+      return FinishRows<float>(p, task, states, num_splits);
+    case DType::kBFloat16:
+      return FinishRows<Bf16>(p, task, states, num_splits);
+    case DType::kFloat16:
+      return FinishRows<Fp16>(p, task, states, num_splits);
   }
 }
 
 void Rope(const RopeApplyParams& p, int64_t begin, int64_t end) {
   if (!CanRotate(p.rope) || p.head_dim > 256) return CA_SIMD_NARROWER.rope(p, begin, end);
   switch (p.dtype) {
-    case DType::kFloat32: return RotateTokens<float>(p, begin, end);
-    case DType::kBFloat16: return RotateTokens<Bf16>(p, begin, end);
-    case DType::kFloat16: return RotateTokens<Fp16>(p, begin, end);
+    case DType::kFloat32:
+      return RotateTokens<float>(p, begin, end);
+    case DType::kBFloat16:
+      return RotateTokens<Bf16>(p, begin, end);
+    case DType::kFloat16:
+      return RotateTokens<Fp16>(p, begin, end);
   }
 }
 
