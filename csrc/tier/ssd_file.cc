@@ -140,9 +140,11 @@ Status SsdFile::Load() {
   AlignedBytes pages = AllocateAligned(2 * kPage, kPage);
   const Superblock* best = nullptr;
   uint32_t other_version = 0;
+  int error = 0;
   for (uint64_t i = 0; i < 2; ++i) {
     // One by one: a bad sector under one copy must not hide the other.
-    (void)ReadAt(fd(), pages.get() + i * kPage, kPage, i * kPage);
+    const int64_t moved = ReadAt(fd(), pages.get() + i * kPage, kPage, i * kPage);
+    if (moved < 0) error = static_cast<int>(-moved);
     const auto* copy = reinterpret_cast<const Superblock*>(pages.get() + i * kPage);
     if (copy->magic == kSuperblockMagic && copy->version != kSsdVersion) {
       other_version = copy->version;
@@ -154,6 +156,7 @@ Status SsdFile::Load() {
     return Status(Code::kMismatch, name + " has format version " + std::to_string(other_version) +
                                        ", this build reads version " + std::to_string(kSsdVersion));
   }
+  if (best == nullptr && error != 0) return ErrnoStatus("cannot read " + name, error);
   if (best == nullptr) {
     return Status(Code::kCorrupt, name +
                                       " is not a store, or both copies of its superblock are "
@@ -255,10 +258,10 @@ Status SsdFile::Reserve(uint64_t bytes) {
   }
   if (result == 0) return Status();
   const int error = errno;
-  struct statvfs volume{};
-  (void)::fstatvfs(fd(), &volume);
   // Give back what was taken before the disk was full.
   if (file_bytes_ < bytes) (void)!::ftruncate(fd(), static_cast<off_t>(file_bytes_));
+  struct statvfs volume {};
+  (void)::fstatvfs(fd(), &volume);
   const uint64_t free_bytes = volume.f_bavail * volume.f_frsize;
   return ErrnoStatus("cannot reserve " + std::to_string(bytes) + " bytes for " + path_ + "/" +
                          kFileName + " (" + std::to_string(free_bytes) + " bytes are free there)",
