@@ -40,9 +40,40 @@ def _can_pack(weight: torch.Tensor) -> bool:
 _packed_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32."""
-    return torch.rms_norm(x, weight.shape, weight, eps)
+class RmsNorm:
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 from x float32 [tokens, hidden]."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self.weight = weight.float()
+        self.dtype = weight.dtype
+        self.eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[tokens, hidden] in the weight's dtype."""
+        return torch.rms_norm(x, self.weight.shape, self.weight, self.eps).to(self.dtype)
+
+
+class LmHead:
+    """Logits from weight [vocab, hidden].
+
+    bf16 products come out rounded to bf16, which makes the likeliest tokens tie; theirs are
+    computed again in float32.
+    """
+
+    _NUM_EXACT = 8
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.linear = Linear(weight)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] -> float32 [rows, vocab]."""
+        logits = self.linear(x).float()
+        if x.dtype == torch.float32:
+            return logits
+        top = logits.topk(min(self._NUM_EXACT, logits.shape[1]), sorted=False).indices
+        exact = torch.einsum("rnh,rh->rn", self.weight[top].float(), x.float())
+        return logits.scatter_(1, top, exact)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:

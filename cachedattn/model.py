@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from cachedattn.batch import Batch
 from cachedattn.config import ModelConfig
-from cachedattn.layers import Linear, rms_norm, silu_and_mul
+from cachedattn.layers import Linear, LmHead, RmsNorm, silu_and_mul
 from cachedattn.rope import rope_tables
 
 
@@ -26,8 +26,8 @@ class DecoderLayer:
         hidden, inner = config.hidden_size, config.intermediate_size
         self.q_size = config.num_heads * config.head_dim
         self.kv_size = config.num_kv_heads * config.head_dim
-        self.input_norm = weights.take(prefix + "input_layernorm.weight", (hidden,))
-        self.post_norm = weights.take(prefix + "post_attention_layernorm.weight", (hidden,))
+        self.input_norm = weights.norm(prefix + "input_layernorm", hidden, config.rms_eps)
+        self.post_norm = weights.norm(prefix + "post_attention_layernorm", hidden, config.rms_eps)
         sizes = (self.q_size, self.kv_size, self.kv_size)
         names = [prefix + f"self_attn.{name}_proj" for name in "qkv"]
         self.qkv = weights.linear(names, sizes, hidden)
@@ -37,11 +37,10 @@ class DecoderLayer:
         self.down = weights.linear([prefix + "mlp.down_proj"], (hidden,), inner)
 
     def __call__(self, x: torch.Tensor, batch: Batch, plan: torch.Tensor) -> torch.Tensor:
-        """x [Tq, hidden] -> [Tq, hidden]; `plan` is the step's `attn_plan`."""
+        """Adds to x, float32 [Tq, hidden]; `plan` is the step's `attn_plan`."""
         batch.wait_layer(self.index)
-        x = x + self.attention(rms_norm(x, self.input_norm, self.config.rms_eps), batch, plan)
-        normed = rms_norm(x, self.post_norm, self.config.rms_eps)
-        x += self.down(silu_and_mul(self.gate_up(normed)))
+        x += self.attention(self.input_norm(x), batch, plan)
+        x += self.down(silu_and_mul(self.gate_up(self.post_norm(x))))
         batch.layer_done(self.index)
         return x
 
@@ -87,11 +86,11 @@ class CausalLM:
         self.layers = [
             DecoderLayer(config, reader, index, tables) for index in range(config.num_layers)
         ]
-        self.norm = reader.take("model.norm.weight", (hidden,))
-        if config.tied_embeddings:
-            self.lm_head = Linear(self.embedding)
-        else:
-            self.lm_head = reader.linear(["lm_head"], (vocab,), hidden)
+        self.norm = reader.norm("model.norm", hidden, config.rms_eps)
+        head = self.embedding
+        if not config.tied_embeddings:
+            head = reader.take("lm_head.weight", (vocab, hidden))
+        self.lm_head = LmHead(head)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -105,11 +104,12 @@ class CausalLM:
             kv.shape[3],
             torch.get_num_threads(),
         )
-        x = functional.embedding(batch.token_ids, self.embedding)
+        # The sum of all layers' outputs is kept in float32: in bf16 its rounding is the largest
+        # error of the model.
+        x = functional.embedding(batch.token_ids, self.embedding).float()
         for layer in self.layers:
             x = layer(x, batch, plan)
-        x = rms_norm(x[batch.logit_rows], self.norm, self.config.rms_eps)
-        return self.lm_head(x).float()
+        return self.lm_head(self.norm(x[batch.logit_rows]))
 
 
 class RopeTables:
@@ -135,6 +135,10 @@ class WeightReader:
         if weight.shape != shape:
             raise ValueError(f"weight {name} has shape {tuple(weight.shape)}, expected {shape}")
         return weight
+
+    def norm(self, name: str, size: int, eps: float) -> RmsNorm:
+        """The norm `name`."""
+        return RmsNorm(self.take(f"{name}.weight", (size,)), eps)
 
     def linear(self, names: Sequence[str], out_sizes: Sequence[int], in_size: int) -> Linear:
         """The linears `names` over one input, fused into one; their biases, if any."""
