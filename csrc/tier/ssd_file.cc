@@ -260,7 +260,7 @@ Status SsdFile::Reserve(uint64_t bytes) {
   const int error = errno;
   // Give back what was taken before the disk was full.
   if (file_bytes_ < bytes) (void)!::ftruncate(fd(), static_cast<off_t>(file_bytes_));
-  struct statvfs volume {};
+  struct statvfs volume = {};
   (void)::fstatvfs(fd(), &volume);
   const uint64_t free_bytes = volume.f_bavail * volume.f_frsize;
   return ErrnoStatus("cannot reserve " + std::to_string(bytes) + " bytes for " + path_ + "/" +

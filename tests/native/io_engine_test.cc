@@ -127,7 +127,8 @@ TEST_P(IoEngineTest, DestructorWaitsForWhatIsInFlight) {
 
 TEST_P(IoEngineTest, SignalsDoNotLoseRequests) {
   static volatile sig_atomic_t signals = 0;
-  struct sigaction action{}, old{};
+  struct sigaction action = {};
+  struct sigaction old = {};
   action.sa_handler = [](int) { signals = signals + 1; };  // no SA_RESTART: calls see EINTR
   ASSERT_EQ(::sigaction(SIGALRM, &action, &old), 0);
   const itimerval every_ms{{0, 500}, {0, 500}}, off{};
