@@ -252,9 +252,10 @@ Result<std::vector<ScannedBlock>> SsdTierImpl::Scan(
   };
   const auto take = [&](uint32_t index, int32_t result) {
     const auto& page = *reinterpret_cast<const BlockPage*>(pages.get() + index * kPage);
-    if (result == static_cast<int32_t>(kPage) && IsZero(page)) return;  // never written
-    if (result != static_cast<int32_t>(kPage) || !CheckBlockPage(uuid(), layout_, page).ok()) {
-      ++checksum_failures_;
+    const bool read = result == static_cast<int32_t>(kPage);
+    if (read && IsZero(page)) return;  // never written
+    if (!read || !CheckBlockPage(uuid(), layout_, page).ok()) {
+      checksum_failures_ += read ? 1 : 0;
       damaged_.push_back(slot_of[index]);
       return;
     }
@@ -275,6 +276,7 @@ Result<std::vector<ScannedBlock>> SsdTierImpl::Scan(
     done += static_cast<uint32_t>(count);
     if (progress && count > 0) progress(done, num_slots());
   }
+  std::sort(damaged_.begin(), damaged_.end());
   std::vector<ScannedBlock> blocks;
   blocks.reserve(newest.size());
   for (const auto& [key, block] : newest) blocks.push_back(block);

@@ -87,7 +87,7 @@ class CA_API SsdTier {
   virtual Result<std::vector<ScannedBlock>> Scan(
       const std::function<void(uint64_t, uint64_t)>& progress) = 0;
 
-  // Slots whose header page the last Scan could not read, or found damaged. They are free.
+  // Slots whose header page the last Scan could not read, or found damaged; sorted.
   virtual const std::vector<SlotId>& damaged_slots() const = 0;
 
   // Writes a whole block: fills the header page at the front of `host_slot` (checksums included)

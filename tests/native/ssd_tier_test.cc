@@ -234,6 +234,10 @@ TEST_P(SsdTierTest, ScanLeavesOutWhatItCannotRead) {
   EXPECT_EQ(plan_.fired(), 2u);
   ASSERT_EQ(blocks.size(), 1u);
   EXPECT_EQ(blocks[0].slot, 2u);
+  EXPECT_EQ(tier_->damaged_slots(), (std::vector<SlotId>{0, 1}));
+  EXPECT_EQ(tier_->checksum_failures(), 1u) << "the other one could not be read";
+  EXPECT_EQ(Scan().size(), 3u);
+  EXPECT_TRUE(tier_->damaged_slots().empty());
 }
 
 INSTANTIATE_TEST_SUITE_P(Engines, SsdTierTest, ::testing::Values(IoKind::kUring, IoKind::kThreads),
