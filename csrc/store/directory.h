@@ -54,7 +54,8 @@ struct Block {
   uint32_t queue_position = kNotQueued;  // first waiting request that needs it
   bool extended = false;                 // a full block follows it
 
-  // Of the writer to SSD.
+  // Of the saver and of the writer to SSD.
+  bool save_queued = false;
   bool write_queued = false;
   bool write_failed = false;       // not tried again
   std::vector<BlockKey> replaces;  // part-filled tails that this block makes useless

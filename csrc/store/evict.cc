@@ -7,6 +7,7 @@ Evictor::Evictor(Tiers* tiers, Directory* directory, WriteBehind* writes, Trace*
     : tiers_(tiers), directory_(directory), writes_(writes), trace_(trace), reserve_(reserve) {}
 
 bool Evictor::Unsaved(Tier tier, Block* block) {
+  if (tier == Tier::kDevice) return block->save_queued;
   return tier == Tier::kDram && writes_->MustDemote(directory_->Find(block->key));
 }
 

@@ -10,8 +10,8 @@ class Evictor {
   // `reserve` DRAM slots are kept free ahead of need.
   Evictor(Tiers* tiers, Directory* directory, WriteBehind* writes, Trace* trace, uint32_t reserve);
 
-  // True when `n` slots of `tier` are free or can be freed now. A DRAM copy that is still to be
-  // written to SSD may be lost only if `lose_unsaved`.
+  // True when `n` slots of `tier` are free or can be freed now. A copy whose save or write to the
+  // next tier is still to come may be lost only if `lose_unsaved`.
   bool CanMakeRoom(Tier tier, uint32_t n, bool lose_unsaved);
   // Frees slots until `n` are free. REQUIRES: CanMakeRoom(tier, n, lose_unsaved).
   void MakeRoom(Tier tier, uint32_t n, bool lose_unsaved);

@@ -9,10 +9,7 @@ Saver::Saver(Tiers* tiers, Directory* directory, Evictor* evictor, WriteBehind* 
     : tiers_(tiers), directory_(directory), evictor_(evictor), writes_(writes), trace_(trace) {}
 
 SaveRef Saver::Begin(SlotId device_slot, uint64_t sequence) {
-  if (!evictor_->CanMakeRoom(Tier::kDram, 1, false)) {
-    ++num_failed_;
-    return nullptr;
-  }
+  if (!evictor_->CanMakeRoom(Tier::kDram, 1, false)) return nullptr;
   evictor_->MakeRoom(Tier::kDram, 1, false);
   auto save = std::make_shared<Save>();
   save->device_slot = device_slot;
@@ -46,6 +43,25 @@ void Saver::Publish(const SaveRef& save, const BlockRef& block) {
   if (block->ready(Tier::kDevice)) save->source = directory_->Pin(block, Tier::kDevice);
   save->transfer = directory_->BeginFill(block, Tier::kDram, std::move(save->target));
   FinishIfLanded(save.get());
+}
+
+void Saver::Queue(const BlockRef& block) {
+  block->save_queued = true;
+  queue_.push_back(block->key);
+}
+
+void Saver::Pump() {
+  while (!queue_.empty()) {
+    const BlockRef block = directory_->Find(queue_.front());
+    if (block != nullptr && block->save_queued && block->ready(Tier::kDevice) &&
+        block->absent(Tier::kDram)) {
+      const SaveRef save = Begin(block->copy(Tier::kDevice).slot.id(), 0);
+      if (save == nullptr) return;
+      Publish(save, block);
+    }
+    if (block != nullptr) block->save_queued = false;
+    queue_.pop_front();
+  }
 }
 
 void Saver::OnCopy(uint64_t tag) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <bitset>
+#include <deque>
 #include <memory>
 #include <unordered_map>
 
@@ -29,7 +30,7 @@ class Saver {
  public:
   Saver(Tiers* tiers, Directory* directory, Evictor* evictor, WriteBehind* writes, Trace* trace);
 
-  // nullptr when DRAM has no slot for it: the block is not saved.
+  // nullptr when DRAM has no slot for it now.
   SaveRef Begin(SlotId device_slot, uint64_t sequence);
   // Layer `layer` of the device slot is final.
   void Layer(const SaveRef& save, uint32_t layer);
@@ -37,10 +38,13 @@ class Saver {
   // have landed. Without a place for it in the directory the save is given up.
   void Publish(const SaveRef& save, const BlockRef& block);
 
+  // A listed block whose save found no DRAM slot: it is tried again when there is one.
+  void Queue(const BlockRef& block);
+  void Pump();
   void OnCopy(uint64_t tag);
 
   uint32_t num_in_flight() const { return static_cast<uint32_t>(in_flight_.size()); }
-  uint64_t num_failed() const { return num_failed_; }
+  uint32_t num_waiting() const { return static_cast<uint32_t>(queue_.size()); }
 
   // For the invariants: slots that saves hold outside of the directory.
   void AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const;
@@ -59,9 +63,9 @@ class Saver {
   WriteBehind* const writes_;
   Trace* const trace_;
   std::unordered_map<uint64_t, Slice> in_flight_;
+  std::deque<BlockKey> queue_;              // a block is in it at most once (Block::save_queued)
   std::vector<std::weak_ptr<Save>> saves_;  // for the invariants alone
   uint64_t next_tag_ = kSaveTag;
-  uint64_t num_failed_ = 0;
 };
 
 // Zeroes the places after `num_tokens` in every layer slice, so that no bytes of a slot's earlier

@@ -148,6 +148,7 @@ Status SequenceImpl::Reserve(uint32_t num_tokens) {
   if (needed <= entries_.size()) return Status();
   const auto more = static_cast<uint32_t>(needed - entries_.size());
   const Tier pool = core_->tiers.pool_tier();
+  core_->Drive(0);  // a save that has landed holds no slot any more
   // A turn that runs is worth more than the save of one that does not.
   if (!core_->evictor.CanMakeRoom(pool, more, /*lose_unsaved=*/true)) {
     return Status(Code::kExhausted,
@@ -252,7 +253,11 @@ void SequenceImpl::PublishFull(uint32_t position) {
   }
   if (known) return;  // DRAM or SSD has it
   if (entry.save == nullptr) entry.save = core_->saver.Begin(entry.pin.slot(), id_);
-  if (entry.save != nullptr) core_->saver.Publish(entry.save, block);
+  if (entry.save != nullptr) {
+    core_->saver.Publish(entry.save, block);
+  } else {
+    core_->saver.Queue(block);
+  }
 }
 
 void SequenceImpl::PublishTail(uint32_t position, uint32_t num_tokens) {

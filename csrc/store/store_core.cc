@@ -67,6 +67,7 @@ void StoreCore::Drive(int64_t timeout_us) {
     }
   }
   preloader.Pump();
+  saver.Pump();
   if (tiers.ssd != nullptr) {
     prefetcher.Pump();
     if (!preloader.reads_waiting()) writes.Pump();
@@ -146,10 +147,10 @@ StoreStats StoreCore::Stats() const {
     stats.checksum_failures = tiers.ssd->checksum_failures();
   }
   stats.failed_loads = preloader.num_failed();
-  stats.failed_saves = writes.num_failed() + saver.num_failed();
+  stats.failed_saves = writes.num_failed();
   stats.reads_in_flight = preloader.num_reads_in_flight();
   stats.writes_in_flight = writes.num_in_flight();
-  stats.saves_waiting = writes.num_waiting() + saver.num_in_flight();
+  stats.saves_waiting = writes.num_waiting() + saver.num_waiting() + saver.num_in_flight();
   return stats;
 }
 

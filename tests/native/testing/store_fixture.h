@@ -185,7 +185,11 @@ class Turn {
   // All steps, then Commit.
   void Finish(uint32_t chunk = 24) {
     while (sequence_->num_computed_tokens() < tokens_.size()) {
-      const Status status = Step(chunk);
+      Status status = Step(chunk);
+      if (status.code() == Code::kExhausted) {  // slots may be held by saves under way
+        store_->Flush();
+        status = Step(chunk);
+      }
       ASSERT_TRUE(status.ok()) << status.message();
       store_->Poll();
     }

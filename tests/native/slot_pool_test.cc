@@ -1,0 +1,77 @@
+#include "csrc/tier/slot_pool.h"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <set>
+
+#include "csrc/tier/memory_tier.h"
+
+namespace cachedattn {
+namespace {
+
+TEST(SlotPoolTest, EachPlaceHasOneOwner) {
+  SlotPool pool(3);
+  std::set<SlotId> ids;
+  std::vector<Slot> slots;
+  for (int i = 0; i < 3; ++i) slots.push_back(pool.Take());
+  for (const Slot& slot : slots) ids.insert(slot.id());
+  EXPECT_EQ(ids, (std::set<SlotId>{0, 1, 2}));
+  EXPECT_FALSE(pool.Take());
+  slots.pop_back();
+  EXPECT_EQ(pool.num_free(), 1u);
+  EXPECT_TRUE(pool.Take());
+}
+
+TEST(SlotPoolTest, MovingASlotMovesTheRight) {
+  SlotPool pool(2);
+  Slot a = pool.Take();
+  const SlotId id = a.id();
+  Slot b = std::move(a);
+  EXPECT_FALSE(a);  // NOLINT: what is tested
+  EXPECT_EQ(b.id(), id);
+  b = pool.Take();  // lets go of the first
+  EXPECT_EQ(pool.num_free(), 1u);
+  EXPECT_TRUE(pool.is_free(id));
+}
+
+TEST(SlotPoolTest, ChosenPlacesAreTakenOnce) {
+  SlotPool pool(4);
+  const Slot a = pool.TakeAt(2), b = pool.TakeAt(0);
+  std::set<SlotId> rest;
+  const Slot c = pool.Take(), d = pool.Take();
+  EXPECT_EQ((std::set<SlotId>{c.id(), d.id()}), (std::set<SlotId>{1, 3}));
+  EXPECT_FALSE(pool.Take());
+}
+
+TEST(SlotPoolTest, ARetiredPlaceNeverComesBack) {
+  SlotPool pool(2);
+  Slot bad = pool.Take();
+  bad.Retire();
+  EXPECT_EQ(pool.num_retired(), 1u);
+  const Slot good = pool.Take();
+  EXPECT_TRUE(good);
+  EXPECT_FALSE(pool.Take());
+}
+
+TEST(MemoryTierTest, SlotsAreAlignedAndApart) {
+  const KvLayout layout{2, 1, 16, 16, DType::kBFloat16};
+  auto tier = MemoryTier::Open(Tier::kDram, 3 * layout.host_slot_bytes() + 100, layout);
+  ASSERT_TRUE(tier.ok());
+  MemoryTier& memory = *tier.value();
+  EXPECT_EQ(memory.slots().capacity(), 3u);
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(memory.slot(0)) % kHugePage, 0u);
+  for (SlotId id = 0; id < 3; ++id) {
+    EXPECT_EQ(memory.payload(id) - memory.slot(id), static_cast<int64_t>(kPage));
+    std::memset(memory.slot(id), static_cast<int>(id) + 1, layout.host_slot_bytes());
+  }
+  for (SlotId id = 0; id < 3; ++id) {
+    EXPECT_EQ(memory.slot(id)[layout.host_slot_bytes() - 1], std::byte(id + 1));
+  }
+  auto device = MemoryTier::Open(Tier::kDevice, layout.payload_bytes(), layout);
+  ASSERT_TRUE(device.ok());
+  EXPECT_EQ(device.value()->payload(0), device.value()->slot(0));
+}
+
+}  // namespace
+}  // namespace cachedattn
