@@ -129,7 +129,7 @@ def test_a_cut_history_is_not_found_by_its_remaining_tokens(model_path):
     with open_engine(model_path, store, max_model_len=96, truncation=truncation) as engine:
         ids = random_ids(100)
         turn(engine, ids, max_tokens=4)
-        reply, _ = turn(engine, ids[48:96] + [3], max_tokens=4)
+        reply, _ = turn(engine, [*ids[48:96], 3], max_tokens=4)
     assert reply.num_cached_tokens == 0
 
 
