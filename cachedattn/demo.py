@@ -7,9 +7,9 @@ half reuses came through the SSD tier.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -162,23 +162,20 @@ def run_demo(
     """Plays, prints and draws; the exit code: 1 if an answer differs, near ties apart."""
     path = find_model(model)
     output.mkdir(parents=True, exist_ok=True)
-    store = output / "store"
-    if store.exists():
-        raise FileExistsError(f"{store} is in the way: remove it or choose another --output")
     recorded = conversation()
     task = {
         "model": str(path),
-        "store": str(store),
         "dtype": dtype,
         "threads": threads,
         "max_tokens": MAX_TOKENS,
         "system": recorded["system"],
     }
-    try:
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            turns = play(task, recorded["user_turns"], bar)
-    finally:
-        shutil.rmtree(store, ignore_errors=True)
+    # Not in the system's folder for temporary files, which may lie in memory.
+    with (
+        tempfile.TemporaryDirectory(dir=output, prefix="store-") as folder,
+        Progress(console=Console(stderr=True), transient=True) as bar,
+    ):
+        turns = play({**task, "store": folder}, recorded["user_turns"], bar)
     result: dict[str, Any] = {
         "conversation": recorded["title"],
         "model": path.stem,
