@@ -40,18 +40,7 @@ class StoreImpl final : public AttentionStore {
 
   Status Restore() { return core_->tiers.ssd ? core_->Restore(core_->options.progress) : Status(); }
 
-  Status Close() override {
-    if (core_->closed) return Status();
-    if (!core_->sequences.empty()) {
-      return Status(Code::kBusy, std::to_string(core_->sequences.size()) +
-                                     " sequences are running: end them before the store");
-    }
-    core_->SetQueue({});
-    core_->Flush();
-    core_->FinishReads();
-    core_->closed = true;
-    return core_->tiers.ssd ? core_->tiers.ssd->Sync(core_->TotalCounters()) : Status();
-  }
+  Status Close() override { return core_->Close(); }
 
   std::shared_ptr<Chain> NewChain(std::string_view tenant, const Truncation& truncation) override {
     const StoreOptions& options = core_->options;
@@ -82,7 +71,7 @@ class StoreImpl final : public AttentionStore {
   void DropTier(Tier tier) override {
     if (core_->closed) return;
     core_->Flush();
-    core_->FinishReads();
+    core_->FinishLoads();
     core_->evictor.DropAll(tier);
   }
 

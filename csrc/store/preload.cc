@@ -227,6 +227,7 @@ void Preloader::Fail(Fill* fill, const Status& status) {
     follower->pieces_left = static_cast<uint32_t>(fill->landed.count() - follower->landed.count());
     if (follower->pieces_left == 0) Finish(follower.get());
   }
+  fill->followers.clear();  // slices that still land go nowhere
 }
 
 }  // namespace cachedattn

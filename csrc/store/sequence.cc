@@ -200,13 +200,15 @@ Status SequenceImpl::WaitLayer(uint32_t layer) {
 
 void SequenceImpl::LayerDone(uint32_t layer, uint32_t num_tokens) {
   core_->trace.Add(TraceKind::kComputeEnd, id_, layer, 1, kNoSlot);
-  if (core_->tiers.pool_tier() != Tier::kDevice) return;
-  const uint32_t end = (context_len_ + num_tokens) / block_size_;
-  for (uint32_t i = context_len_ / block_size_; i < end; ++i) {
-    Entry& entry = entries_[i];
-    if (layer == 0) entry.save = core_->saver.Begin(static_cast<SlotId>(block_table_[i]), id_);
-    if (entry.save != nullptr) core_->saver.Layer(entry.save, layer);
+  if (core_->tiers.pool_tier() == Tier::kDevice) {
+    const uint32_t end = (context_len_ + num_tokens) / block_size_;
+    for (uint32_t i = context_len_ / block_size_; i < end; ++i) {
+      Entry& entry = entries_[i];
+      if (layer == 0) entry.save = core_->saver.Begin(static_cast<SlotId>(block_table_[i]), id_);
+      if (entry.save != nullptr) core_->saver.Layer(entry.save, layer);
+    }
   }
+  core_->Drive(0);  // reads and writes go on under the next layer's compute
 }
 
 void SequenceImpl::Append(std::span<const TokenId> tokens) {

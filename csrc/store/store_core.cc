@@ -29,7 +29,10 @@ StoreCore::StoreCore(const StoreOptions& store_options, Tiers&& opened)
 
 Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progress) {
   Result<std::vector<ScannedBlock>> scanned = tiers.ssd->Scan(progress);
-  if (!scanned.ok()) return scanned.status();
+  if (!scanned.ok()) {
+    closed = true;  // nothing to record
+    return scanned.status();
+  }
   std::vector<BlockRef> blocks;
   std::vector<uint64_t> generations;
   uint64_t newest = 0;
@@ -45,6 +48,19 @@ Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progres
   policy.Restore(blocks, generations);
   writes.StartAfter(newest);
   return Status();
+}
+
+Status StoreCore::Close() {
+  if (closed) return Status();
+  if (!sequences.empty()) {
+    return Status(Code::kBusy, std::to_string(sequences.size()) +
+                                   " sequences are running: end them before the store");
+  }
+  SetQueue({});
+  FinishLoads();
+  Flush();
+  closed = true;
+  return tiers.ssd ? tiers.ssd->Sync(TotalCounters()) : Status();
 }
 
 void StoreCore::Drive(int64_t timeout_us) {
@@ -79,7 +95,7 @@ void StoreCore::Flush() {
   while (!writes.idle() || saver.num_in_flight() > 0) Drive(kWaitUs);
 }
 
-void StoreCore::FinishReads() {
+void StoreCore::FinishLoads() {
   while (!preloader.idle()) Drive(kWaitUs);
 }
 

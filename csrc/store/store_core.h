@@ -15,9 +15,13 @@ class SequenceImpl;
 
 struct StoreCore {
   StoreCore(const StoreOptions& options, Tiers&& opened);
+  ~StoreCore() { (void)Close(); }  // by then there is no sequence
 
   // Lists the blocks that the SSD tier holds.
   Status Restore(const std::function<void(uint64_t, uint64_t)>& progress);
+
+  // As AttentionStore::Close.
+  Status Close();
 
   // Lets finished moves take effect and starts what is due. Waits up to `timeout_us` for the
   // first of them.
@@ -25,8 +29,8 @@ struct StoreCore {
 
   // Until no save and no write is left.
   void Flush();
-  // Until no load is under way.
-  void FinishReads();
+  // Until no load is left.
+  void FinishLoads();
 
   void SetQueue(std::span<const Chain* const> waiting);
 

@@ -1,9 +1,23 @@
 #include "csrc/store/write_behind.h"
 
+#include <algorithm>
+
 namespace cachedattn {
 
+namespace {
+
+// A read waits behind at most this much: a few milliseconds of a disk's time.
+constexpr uint64_t kMaxBytesInFlight = 8 << 20;
+constexpr uint64_t kMaxWritesInFlight = 4;  // half of the smallest I/O depth
+
+}  // namespace
+
 WriteBehind::WriteBehind(Tiers* tiers, Directory* directory, Trace* trace)
-    : tiers_(tiers), directory_(directory), trace_(trace) {}
+    : tiers_(tiers),
+      directory_(directory),
+      trace_(trace),
+      max_in_flight_(static_cast<uint32_t>(std::clamp<uint64_t>(
+          kMaxBytesInFlight / tiers->layout.host_slot_bytes(), 1, kMaxWritesInFlight))) {}
 
 void WriteBehind::Queue(const BlockRef& block) {
   if (tiers_->ssd == nullptr) {

@@ -46,7 +46,7 @@ class WriteBehind {
   Tiers* const tiers_;
   Directory* const directory_;
   Trace* const trace_;
-  const uint32_t max_in_flight_ = 4;
+  const uint32_t max_in_flight_;
   std::deque<BlockKey> queue_;  // a block is in it at most once (Block::write_queued)
   std::unordered_map<uint64_t, Write> in_flight_;
   uint64_t next_tag_ = kSaveTag;
