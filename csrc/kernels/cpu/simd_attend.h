@@ -8,7 +8,7 @@
 //     and V widened into scratch; then 6 rows at a time do Q K^T, softmax, P V in registers.
 #pragma once
 
-constexpr int kMaxDecodeRows = 8;
+constexpr int kMaxDecodeRows = kMaxSoftmaxRows;
 constexpr int kRowTile = 6;    // rows of a register tile in extend, simd_*.h
 constexpr int kValueRows = 4;  // and of P V in decode
 constexpr int kDotKeys = 4;    // keys at a time in decode: what Sum4 reduces together
@@ -167,11 +167,10 @@ inline void DecodeLogits(const TaskView<T>& t, const T* const* rows, const T* co
                          int next_n, const TileAngles& angles, const float* q, float* keys,
                          float* s) {
   for (int j = 0; j < n; j += kDotKeys) {
-    for (int k = 0; k < kDotKeys; ++k) {  // past the end: the last key again, masked later
-      const int key = j + k < n ? j + k : n - 1;
-      RotateRow(t.p.rope, rows[key], t.dim, angles.cosine + key * angles.width,
-                angles.sine + key * angles.width, 1.f, keys + k * t.dim);
-    }
+    const T* some[kDotKeys];
+    for (int k = 0; k < kDotKeys; ++k) some[k] = rows[j + k < n ? j + k : n - 1];
+    RotateRows<kDotKeys>(t.p.rope, some, t.dim, angles.cosine + j * angles.width,
+                         angles.sine + j * angles.width, 1.f, keys);
     PrefetchRows(t, next, j, kDotKeys, next_n);
     ByRows<Simd::kDotRows>(0, t.rows, [&](auto count, int r) {
       DotKeys<count.kCount>(q + r * t.dim, keys, t.dim, s + r * kKeyTile + j);
@@ -189,7 +188,8 @@ inline void Decode(const TaskView<T>& t, const AttnState& state, float* scratch)
   float* keys = arena.Floats(kDotKeys * t.dim);
   float* s = arena.Floats((kMaxDecodeRows + 1) * kKeyTile);
   const T* rows[2][kKeyTile];
-  float keep[kMaxDecodeRows];
+  float keep[kMaxSoftmaxRows];
+  int begin[kMaxSoftmaxRows], end[kMaxSoftmaxRows];
   angles.Fill(t.p.rope, 0);
   __builtin_memset(l, 0, t.rows * Simd::kLanes * sizeof(float));
   int n = 0, next_n = 0, now = 0;
@@ -203,16 +203,13 @@ inline void Decode(const TaskView<T>& t, const AttnState& state, float* scratch)
       if (r % t.group == 0 && relative >= 0) {
         PositionAngles(t.p.rope, relative, row_angles, row_angles + t.dim);
       }
-      RotateRow(t.p.rope, t.Query(r), t.dim, row_angles, row_angles + t.dim, t.q_scale,
-                q + r * t.dim);
+      const T* row = t.Query(r);
+      RotateRows<1>(t.p.rope, &row, t.dim, row_angles, row_angles + t.dim, t.q_scale,
+                    q + r * t.dim);
     }
     DecodeLogits(t, rows[now], rows[now ^ 1], n, next_n, angles, q, keys, s);
-    for (int r = 0; r < t.rows; ++r) {
-      int begin, end;
-      t.Limits(r, base, &begin, &end);
-      keep[r] =
-          SoftmaxRow(s + r * kKeyTile, begin, end, t.cap, {state.m + r, l + r * Simd::kLanes});
-    }
+    for (int r = 0; r < t.rows; ++r) t.Limits(r, base, begin + r, end + r);
+    SoftmaxRows(s, t.rows, begin, end, t.cap, state.m, l, keep);
     const CacheRows<T> values{rows[now], t.p.kv.kv_stride};
     ByRows<kValueRows>(0, t.rows, [&](auto count, int r) {
       Gemm<count.kCount>(n, s + r * kKeyTile, kKeyTile, values, t.dim, state.o + r * t.dim, t.dim,
@@ -251,8 +248,9 @@ inline void PrepareQueries(const TaskView<T>& t, const ExtendScratch& scratch, f
   for (int r = 0; r < t.rows; ++r) {
     const int64_t position = t.Position(r) > 0 ? t.Position(r) : 0;
     if (r % t.group == 0) PositionAngles(t.p.rope, position, angles, angles + t.dim);
-    RotateRow(t.p.rope, t.Query(r), t.dim, angles, angles + t.dim, t.q_scale,
-              scratch.q + int64_t{r} * t.dim);
+    const T* row = t.Query(r);
+    RotateRows<1>(t.p.rope, &row, t.dim, angles, angles + t.dim, t.q_scale,
+                  scratch.q + int64_t{r} * t.dim);
   }
   const int64_t padded = t.rows + kRowTile;
   __builtin_memset(scratch.q + int64_t{t.rows} * t.dim, 0, kRowTile * t.dim * sizeof(float));
@@ -261,22 +259,18 @@ inline void PrepareQueries(const TaskView<T>& t, const ExtendScratch& scratch, f
   for (int64_t r = 0; r < padded; ++r) scratch.m[r] = -__builtin_inff();
 }
 
-// K of the tile, rotated and transposed, and V, widened. Keys past n become 0.
+// K of the tile, rotated and transposed, and V, widened. Past n, K repeats the last key.
 template <typename T>
 inline void PrepareTile(const TaskView<T>& t, int64_t base, const ExtendScratch& scratch, int* n) {
   const T* rows[kKeyTile];
   *n = t.KeyRows(base, rows);
+  for (int j = *n; j < kKeyTile; ++j) rows[j] = rows[*n - 1];  // masked later
   TileAngles angles = scratch.angles;
   angles.Fill(t.p.rope, base);
   for (int j = 0; j < kKeyTile; j += Simd::kLanes) {
-    for (int k = 0; k < Simd::kLanes; ++k) {
-      float* out = scratch.k + k * t.dim;
-      if (j + k < *n) {
-        RotateRow(t.p.rope, rows[j + k], t.dim, angles.cosine + (j + k) * angles.width,
-                  angles.sine + (j + k) * angles.width, 1.f, out);
-      } else {
-        __builtin_memset(out, 0, t.dim * sizeof(float));
-      }
+    for (int k = j; k < j + Simd::kLanes; k += kDotKeys) {
+      RotateRows<kDotKeys>(t.p.rope, rows + k, t.dim, angles.cosine + k * angles.width,
+                           angles.sine + k * angles.width, 1.f, scratch.k + (k - j) * t.dim);
     }
     for (int i = 0; i < t.dim; i += Simd::kLanes) {
       Simd::Transpose(scratch.k + i, t.dim, scratch.k_transposed + i * kKeyTile + j, kKeyTile);
@@ -294,7 +288,8 @@ template <typename T>
 inline void Extend(const TaskView<T>& t, const AttnState& state, float* memory) {
   Arena arena(memory);
   const ExtendScratch scratch(t, &arena);
-  float keep[kRowTile];
+  float keep[kMaxSoftmaxRows];
+  int begin[kMaxSoftmaxRows], end[kMaxSoftmaxRows];
   PrepareQueries(t, scratch, arena.Floats(2 * t.dim));
   for (int64_t base = t.FirstBase(); base < t.task.kv_end; base += kKeyTile) {
     int n;
@@ -307,12 +302,9 @@ inline void Extend(const TaskView<T>& t, const AttnState& state, float* memory) 
       Gemm<kRowTile>(t.dim, scratch.q + int64_t{row} * t.dim, t.dim,
                      DenseRows{scratch.k_transposed, kKeyTile}, kKeyTile, scratch.s, kKeyTile,
                      nullptr);
-      for (int r = 0; r < kRowTile; ++r) {
-        int begin, end;
-        t.Limits(row + r, base, &begin, &end);
-        keep[r] = SoftmaxRow(scratch.s + r * kKeyTile, begin, end, t.cap,
-                             {scratch.m + row + r, scratch.l + int64_t{row + r} * Simd::kLanes});
-      }
+      for (int r = 0; r < kRowTile; ++r) t.Limits(row + r, base, begin + r, end + r);
+      SoftmaxRows(scratch.s, kRowTile, begin, end, t.cap, scratch.m + row,
+                  scratch.l + int64_t{row} * Simd::kLanes, keep);
       Gemm<kRowTile>(n, scratch.s, kKeyTile, DenseRows{scratch.v, t.dim}, t.dim, o, t.dim, keep);
     }
   }

@@ -45,6 +45,7 @@ struct Simd {
   static F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }    // a * b + c
   static F Fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a * b
   static F Round(F x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F ClampExponent(F x) { return Max(x, Set(-125.f)); }
   // x * 2^exponent, for x in [0.5, 2] and whole exponents from -125 to 126.
   static F Scale(F x, F exponent) {
     const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(exponent), 23);
@@ -67,6 +68,12 @@ struct Simd {
     const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane);
     const __m256i before = _mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane);
     return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(_mm256_andnot_si256(before, below)));
+  }
+
+  // out[i] = fn(a[i], b[i]) for 8 floats.
+  template <typename Fn>
+  static void ForEach8(const float* a, const float* b, float* out, const Fn& fn) {
+    Store(fn(Load(a), Load(b)), out);
   }
 
   // Interleaved pairs: (a0, b0, a1, b1, ..).

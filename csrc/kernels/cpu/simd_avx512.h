@@ -46,6 +46,8 @@ struct Simd {
   static F Round(F x) {
     return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
+  // Scale takes any exponent.
+  static F ClampExponent(F x) { return x; }
   static F Scale(F x, F exponent) { return _mm512_scalef_ps(x, exponent); }  // x * 2^exponent
   static float ReduceMax(F x) { return _mm512_reduce_max_ps(x); }
   static float ReduceAdd(F x) { return _mm512_reduce_add_ps(x); }
@@ -55,6 +57,13 @@ struct Simd {
     const uint32_t below_end = end >= 16 ? 0xffffu : end <= 0 ? 0u : (1u << end) - 1;
     const uint32_t below_begin = begin >= 16 ? 0xffffu : begin <= 0 ? 0u : (1u << begin) - 1;
     return _mm512_mask_mov_ps(other, static_cast<__mmask16>(below_end & ~below_begin), x);
+  }
+
+  // out[i] = fn(a[i], b[i]) for 8 floats.
+  template <typename Fn>
+  static void ForEach8(const float* a, const float* b, float* out, const Fn& fn) {
+    const F x = _mm512_maskz_loadu_ps(0xff, a), y = _mm512_maskz_loadu_ps(0xff, b);
+    _mm512_mask_storeu_ps(out, 0xff, fn(x, y));
   }
 
   // Interleaved pairs: (a0, b0, a1, b1, ..).

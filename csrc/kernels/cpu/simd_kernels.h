@@ -55,7 +55,8 @@ void FinishRow(const AttnParams& p, int64_t token, int head, float* states, int 
                int64_t rows, int64_t row) {
   constexpr float kLog2E = 1.44269504088896340736f;
   const int64_t dim = p.kv.head_dim, stride = StateFloats(rows, p.kv.head_dim);
-  const float *o = states + row * dim, *m = states + rows * dim + row, *l = m + rows;
+  const float* o = states + row * dim;
+  float *m = states + rows * dim + row, *l = m + rows;
   T* out = static_cast<T*>(p.out) + token * p.out_token_stride + head * dim;
   float* lse = p.lse + token * p.num_q_heads + head;
   float peak = -__builtin_inff();
@@ -72,15 +73,16 @@ void FinishRow(const AttnParams& p, int64_t token, int head, float* states, int 
     total = __builtin_exp2f(sink - peak);
   }
   for (int s = 0; s < num_splits; ++s) {
-    total += l[s * stride] * __builtin_exp2f(m[s * stride] - peak);
+    m[s * stride] = __builtin_exp2f(m[s * stride] - peak);  // from here on the split's weight
+    total += l[s * stride] * m[s * stride];
   }
+  const Simd::F inverse = Simd::Set(1.f / total);
   for (int64_t i = 0; i < dim; i += Simd::kLanes) {
     Simd::F sum = Simd::Zero();
     for (int s = 0; s < num_splits; ++s) {
-      const Simd::F weight = Simd::Set(__builtin_exp2f(m[s * stride] - peak) / total);
-      sum = Simd::Fma(Simd::Load(o + s * stride + i), weight, sum);
+      sum = Simd::Fma(Simd::Load(o + s * stride + i), Simd::Set(m[s * stride]), sum);
     }
-    Simd::Store(sum, out + i);
+    Simd::Store(Simd::Mul(sum, inverse), out + i);
   }
   *lse = (peak + __builtin_log2f(total)) / kLog2E;
 }

@@ -53,25 +53,48 @@ inline void PositionAngles(const RopeTables& rope, int64_t position, float* cosi
   MultiplyAngles(rope, hi == 0 ? nullptr : rope.hi + hi * row, rope.lo + lo * row, cosine, sine);
 }
 
-// out[0, dim) = x rotated and times `scale`; x and out do not overlap.
-template <typename T>
-inline void RotateRow(const RopeTables& rope, const T* x, int dim, const float* cosine,
-                      const float* sine, float scale, float* out) {
-  const Simd::F factor = Simd::Set(scale);
+// One vector of pairs, or of interleaved dims, at i: x rotated and times `scale` to out.
+template <bool kInterleaved, typename T>
+inline void RotateVector(const T* x, int i, int width, Simd::F c, Simd::F s, float scale,
+                         float* out) {
+  Simd::F a = Simd::Load(x + i);
+  if (scale != 1.f) a = Simd::Mul(a, Simd::Set(scale));
+  if constexpr (kInterleaved) {
+    Simd::Store(Simd::Fma(a, c, Simd::Mul(Simd::SwapPairs(a), s)), out + i);
+  } else {
+    Simd::F b = Simd::Load(x + width + i);
+    if (scale != 1.f) b = Simd::Mul(b, Simd::Set(scale));
+    Simd::Store(Simd::Fnma(b, s, Simd::Mul(a, c)), out + i);
+    Simd::Store(Simd::Fma(a, s, Simd::Mul(b, c)), out + width + i);
+  }
+}
+
+template <int K, bool kInterleaved, typename T>
+inline void RotatePairs(int width, const T* const* x, int dim, const float* cosine,
+                        const float* sine, float scale, float* out) {
+  for (int i = 0; i < width; i = NextVector(i, width)) {
+    for (int k = 0; k < K; ++k) {
+      RotateVector<kInterleaved>(x[k], i, width, Simd::Load(cosine + k * width + i),
+                                 Simd::Load(sine + k * width + i), scale, out + k * dim);
+    }
+  }
+}
+
+// out[k][0, dim) = row x[k] rotated by row k of the angles and times `scale`, for K rows; x and out
+// do not overlap.
+template <int K, typename T>
+inline void RotateRows(const RopeTables& rope, const T* const* x, int dim, const float* cosine,
+                       const float* sine, float scale, float* out) {
   const int width = AngleWidth(rope);
   for (int i = rope.rotary_dim / Simd::kLanes * Simd::kLanes; i < dim; i += Simd::kLanes) {
-    Simd::Store(Simd::Mul(Simd::Load(x + i), factor), out + i);
-  }
-  for (int i = 0; i < width; i = NextVector(i, width)) {
-    const Simd::F c = Simd::Load(cosine + i), s = Simd::Load(sine + i);
-    const Simd::F a = Simd::Mul(Simd::Load(x + i), factor);
-    if (rope.interleaved) {
-      Simd::Store(Simd::Fma(a, c, Simd::Mul(Simd::SwapPairs(a), s)), out + i);
-    } else {
-      const Simd::F b = Simd::Mul(Simd::Load(x + width + i), factor);
-      Simd::Store(Simd::Fnma(b, s, Simd::Mul(a, c)), out + i);
-      Simd::Store(Simd::Fma(a, s, Simd::Mul(b, c)), out + width + i);
+    for (int k = 0; k < K; ++k) {
+      Simd::Store(Simd::Mul(Simd::Load(x[k] + i), Simd::Set(scale)), out + k * dim + i);
     }
+  }
+  if (rope.interleaved) {
+    RotatePairs<K, true>(width, x, dim, cosine, sine, scale, out);
+  } else {
+    RotatePairs<K, false>(width, x, dim, cosine, sine, scale, out);
   }
 }
 
@@ -90,7 +113,7 @@ inline void RotateTokens(const RopeApplyParams& p, int64_t begin, int64_t end) {
     if (p.inverse) __builtin_memcpy(sine, row, width * sizeof(float));
     for (int h = 0; h < p.num_heads; ++h) {
       T* x = static_cast<T*>(p.x) + n * p.token_stride + h * p.head_stride;
-      RotateRow(p.rope, x, rotary / Simd::kLanes * Simd::kLanes, cosine, sine, 1.f, row);
+      RotateRows<1>(p.rope, &x, rotary / Simd::kLanes * Simd::kLanes, cosine, sine, 1.f, row);
       for (int i = 0; i < rotary; i = NextVector(i, rotary)) {
         Simd::Store(Simd::Load(row + i), x + i);
       }
