@@ -26,7 +26,7 @@ others=$(find_others | paste -sd:)
 echo "Building for $(command -v python)${others:+ and $others}"
 CACHEDATTN_INTERPRETERS=$others python -m pip wheel -q . --no-build-isolation --no-deps \
   -w build/wheel/raw
-auditwheel -q repair --plat $platform --exclude 'libtorch*.so' --exclude 'libc10*.so' \
+auditwheel repair --plat $platform --exclude 'libtorch*.so' --exclude 'libc10*.so' \
   -w dist build/wheel/raw/*.whl
 wheel=$(ls dist/*.whl)
 
