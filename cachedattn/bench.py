@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from cachedattn.batch import make_batch
-from cachedattn.cli_common import find_model, load_engine, run, tie_of, with_store
+from cachedattn.cli_common import find_model, load_engine, progress_bar, run, tie_of, with_store
 from cachedattn.demo import conversation
 from cachedattn.engine import Engine
 from cachedattn.sampling import SamplingParams
@@ -57,7 +57,9 @@ def trial(
     if source == "recompute":
         reply = run(baseline, baseline.add_request(prompt, ONE_TOKEN))
         return reply.ttft_s, reply.token_ids[0]
-    # Leaves exactly the history in the store, its part-filled tail included.
+    # Leaves exactly the history in the store, its part-filled tail included; what the last trial
+    # has still to save would replace that tail.
+    store.store.flush()
     run(store, store.add_request(prompt[:history], ONE_TOKEN))
     store.store.flush()
     if source == "floor":
@@ -144,7 +146,7 @@ def run_ttft(
         tempfile.TemporaryDirectory(dir=".", prefix="cachedattn-bench-") as folder,
         baseline,
         with_store(baseline, Path(folder) / "store") as store,
-        Progress(console=Console(stderr=True), transient=True) as bar,
+        progress_bar() as bar,
     ):
         for history in lengths:
             times, same = measure(baseline, store, history, new, repeats, bar)

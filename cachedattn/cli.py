@@ -13,7 +13,8 @@ try:
     import rich  # noqa: F401  (what the commands print with)
     import typer
 except ModuleNotFoundError as error:
-    raise SystemExit(MISSING_EXTRA.format(name=error.name)) from None
+    print(MISSING_EXTRA.format(name=error.name), file=sys.stderr)
+    sys.exit(2)
 
 app = typer.Typer(
     help="A conversation's attention state is computed once and kept in device memory, DRAM and "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn
 
 from cachedattn.config import StoreConfig
 from cachedattn.engine import Engine
@@ -36,12 +36,18 @@ def find_model(model: Path | None) -> Path:
     )
 
 
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """A bar on stderr that goes away when done; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
 def load_engine(model: Path, threads: int | None, **options: Any) -> Engine:
     """`Engine.from_pretrained(model, **options)` behind a progress bar on stderr."""
     if threads is not None:
         torch.set_num_threads(threads)
     columns = (TextColumn("reading the model"), BarColumn(), DownloadColumn(binary_units=True))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress_bar(*columns) as bar:
         task = bar.add_task("", total=None)
 
         def progress(done: int, total: int) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from cachedattn import _core
+from cachedattn.cli_common import progress_bar
 
 
 def size_text(num_bytes: int) -> str:
@@ -71,7 +71,7 @@ def run_inspect(store: Path, as_json: bool) -> None:
 
 def run_check(store: Path, deep: bool, as_json: bool) -> int:
     """Verifies the store in directory `store`; the exit code: 0 sound, 1 damaged."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("checking", total=None)
 
         def progress(done: int, total: int) -> None:

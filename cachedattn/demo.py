@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from cachedattn.cli_common import find_model, tiers_text
+from cachedattn.cli_common import find_model, progress_bar, tiers_text
 
 MAX_TOKENS = 32  # per answer
 
@@ -173,7 +173,7 @@ def run_demo(
     # Not in the system's folder for temporary files, which may lie in memory.
     with (
         tempfile.TemporaryDirectory(dir=output, prefix="store-") as folder,
-        Progress(console=Console(stderr=True), transient=True) as bar,
+        progress_bar() as bar,
     ):
         turns = play({**task, "store": folder}, recorded["user_turns"], bar)
     result: dict[str, Any] = {

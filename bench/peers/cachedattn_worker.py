@@ -24,7 +24,8 @@ class CachedAttention:
     def prepare(self, source: str) -> None:
         if source == "recompute":
             return
-        # Commits the history's part-filled tail again: the last trial's block replaced it.
+        # Commits the history's part-filled tail again: the last trial's block replaces it.
+        self.engine.store.flush()
         self.engine.generate(self.task.history, SamplingParams(max_tokens=1))
         self.engine.store.flush()
         if source == "disk":
