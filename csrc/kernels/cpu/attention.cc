@@ -84,6 +84,10 @@ void RunWorker(void* ctx, int) {
 }  // namespace
 
 void AttnPaged(const AttnParams& params, const Workers& workers) {
+  AttnPagedWith(ActiveCpuKernels(), params, workers);
+}
+
+void AttnPagedWith(const CpuKernels& kernels, const AttnParams& params, const Workers& workers) {
   static thread_local Scratch partials, counters;
   const PlanHeader& header = HeaderOf(params.plan);
   const int64_t num_tasks = int64_t{header.num_items} * params.kv.num_kv_heads;
@@ -93,7 +97,7 @@ void AttnPaged(const AttnParams& params, const Workers& workers) {
   auto* finished = reinterpret_cast<std::atomic<int32_t>*>(counters.Get(num_counters));
   for (int64_t i = 0; i < num_counters; ++i) new (finished + i) std::atomic<int32_t>(0);
   Job job{
-      params, ActiveCpuKernels(),
+      params, kernels,
       partials.Get(int64_t{header.partial_tokens} * params.num_q_heads * (params.kv.head_dim + 2)),
       finished};
   const int n = static_cast<int>(std::min<int64_t>(workers.num_threads, num_tasks));

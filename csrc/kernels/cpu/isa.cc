@@ -18,19 +18,20 @@ bool HasAvx512() {
 
 // The table that CACHEDATTN_CPU_ISA names, or the widest one; never one the machine lacks.
 const CpuKernels& Choose() {
-  const CpuKernels* best = HasAvx512() ? &kAvx512Kernels
-                           : HasAvx2() ? &kAvx2Kernels
-                                       : &kReferenceKernels;
+  const auto supported = SupportedCpuKernels();
   const char* asked = std::getenv("CACHEDATTN_CPU_ISA");
-  if (asked == nullptr) return *best;
-  for (const CpuKernels* kernels : {&kReferenceKernels, &kAvx2Kernels, &kAvx512Kernels}) {
-    if (std::strcmp(asked, kernels->name) == 0) return *kernels;
-    if (kernels == best) break;
+  for (const CpuKernels* kernels : supported) {
+    if (asked != nullptr && std::strcmp(asked, kernels->name) == 0) return *kernels;
   }
-  return *best;
+  return *supported.back();
 }
 
 }  // namespace
+
+std::span<const CpuKernels* const> SupportedCpuKernels() {
+  static constexpr const CpuKernels* kAll[] = {&kReferenceKernels, &kAvx2Kernels, &kAvx512Kernels};
+  return std::span(kAll).first(HasAvx512() ? 3 : HasAvx2() ? 2 : 1);
+}
 
 const CpuKernels& ActiveCpuKernels() {
   static const CpuKernels& kernels = Choose();

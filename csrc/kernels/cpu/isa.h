@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "csrc/kernels/params.h"
 
@@ -41,6 +42,11 @@ struct CpuKernels {
 };
 
 extern const CpuKernels kReferenceKernels, kAvx2Kernels, kAvx512Kernels;
+// The tables that this machine can run, narrowest first.
+std::span<const CpuKernels* const> SupportedCpuKernels();
 const CpuKernels& ActiveCpuKernels();
+
+// AttnPaged with the kernels of `kernels`.
+void AttnPagedWith(const CpuKernels& kernels, const AttnParams& params, const Workers& workers);
 
 }  // namespace cachedattn
