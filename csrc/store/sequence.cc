@@ -66,14 +66,14 @@ Status SequenceImpl::TakeHistory(const History& history) {
     pool_slots += needs_slot;
     staging_slots += needs_slot && pool == Tier::kDevice && block->absent(Tier::kDram);
   }
-  Evictor& evictor = core_->evictor;
-  if (!evictor.CanMakeRoom(pool, pool_slots, false) ||
-      !evictor.CanMakeRoom(Tier::kDram, staging_slots, false)) {
+  bool lose_pool = false, lose_staging = false;
+  if (!core_->CanMakeRoom(pool, pool_slots, &lose_pool) ||
+      !core_->CanMakeRoom(Tier::kDram, staging_slots, &lose_staging)) {
     return Status(Code::kExhausted, "no room for " + std::to_string(history.blocks.size()) +
                                         " blocks of history now");
   }
-  evictor.MakeRoom(pool, pool_slots, false);
-  evictor.MakeRoom(Tier::kDram, staging_slots, false);
+  core_->evictor.MakeRoom(pool, pool_slots, lose_pool);
+  core_->evictor.MakeRoom(Tier::kDram, staging_slots, lose_staging);
 
   cached_ = core_->Count(*chain_, history);
   for (size_t i = 0; i < history.blocks.size(); ++i) {
@@ -149,12 +149,11 @@ Status SequenceImpl::Reserve(uint32_t num_tokens) {
   const auto more = static_cast<uint32_t>(needed - entries_.size());
   const Tier pool = core_->tiers.pool_tier();
   core_->Drive(0);  // a save that has landed holds no slot any more
-  // A turn that runs is worth more than the save of one that does not.
-  if (!core_->evictor.CanMakeRoom(pool, more, /*lose_unsaved=*/true)) {
-    return Status(Code::kExhausted,
-                  "no room for " + std::to_string(more) + " more blocks: running turns hold all");
+  bool lose_unsaved = false;
+  if (!core_->CanMakeRoom(pool, more, &lose_unsaved)) {
+    return Status(Code::kExhausted, "no room for " + std::to_string(more) + " more blocks now");
   }
-  core_->evictor.MakeRoom(pool, more, /*lose_unsaved=*/true);
+  core_->evictor.MakeRoom(pool, more, lose_unsaved);
   for (uint32_t i = 0; i < more; ++i) {
     Entry entry;
     entry.slot = core_->tiers.pool().slots().Take();

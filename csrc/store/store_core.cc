@@ -99,13 +99,15 @@ void StoreCore::FinishLoads() {
   while (!preloader.idle()) Drive(kWaitUs);
 }
 
+bool StoreCore::CanMakeRoom(Tier tier, uint32_t n, bool* lose_unsaved) {
+  *lose_unsaved = false;
+  if (evictor.CanMakeRoom(tier, n, false)) return true;
+  if (!writes.idle() || saver.num_in_flight() > 0) return false;
+  *lose_unsaved = true;
+  return evictor.CanMakeRoom(tier, n, true);
+}
+
 void StoreCore::SetQueue(std::span<const Chain* const> waiting) {
-  std::vector<std::pair<BlockKey, uint32_t>> queue;
-  for (const Chain* chain : waiting) {
-    queue.emplace_back(chain->parent_key(chain->num_full_blocks()), chain->num_tokens());
-  }
-  if (queue == last_queue_) return;
-  last_queue_ = std::move(queue);
   policy.ClearProtection();
   prefetcher.Clear();
   if (policy.kind() != PolicyKind::kLookahead) return;

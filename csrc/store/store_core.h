@@ -32,6 +32,10 @@ struct StoreCore {
   // Until no load is left.
   void FinishLoads();
 
+  // As Evictor::CanMakeRoom. Unsaved copies may be lost only when no save is under way that would
+  // make room by itself.
+  bool CanMakeRoom(Tier tier, uint32_t n, bool* lose_unsaved);
+
   void SetQueue(std::span<const Chain* const> waiting);
 
   CachedTokens Count(const Chain& chain, const History& history) const;
@@ -58,7 +62,6 @@ struct StoreCore {
   uint64_t conversation_bytes = 0;
 
  private:
-  std::vector<std::pair<BlockKey, uint32_t>> last_queue_;
   std::vector<SsdCompletion> completions_;
   std::vector<uint64_t> copied_;
 };
