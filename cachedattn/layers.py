@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import time
+
 import torch
 from torch.nn import functional
+
+_PACKED_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_MANY_ROWS = 16  # from here on a product is bound by arithmetic, not by reading the weight
 
 
 class Linear:
     """y = x @ weight.T + bias, for weight [out, in].
 
     bf16 weights on a CPU are kept in oneDNN's blocked form, which halves the time of a
-    single-row product; the plain copy is not kept.
+    single-row product. `widen` keeps a float32 copy too, for products of many rows where
+    `float32_is_faster`; inputs and outputs are rounded alike, so only the order of sums differs.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, widen: bool = False
+    ) -> None:
         self.weight = weight.contiguous()
         self.bias = bias
         self.packed = _can_pack(weight)
+        self.wide = self.wide_bias = None
+        if widen:
+            self.wide = weight.float()
+            self.wide_bias = None if bias is None else bias.float()
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[tokens, in] -> [tokens, out]."""
+        if self.wide is not None and x.shape[0] >= _MANY_ROWS:
+            return functional.linear(x.float(), self.wide, self.wide_bias).to(x.dtype)
         if self.packed:
-            return _packed_linear(x, self.weight, self.bias, "none", [], "")
+            return _PACKED_LINEAR(x, self.weight, self.bias, "none", [], "")
         return functional.linear(x, self.weight, self.bias)
 
 
@@ -32,12 +48,33 @@ def _can_pack(weight: torch.Tensor) -> bool:
         weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and _PACKED_LINEAR is not None
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
-_packed_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+@functools.cache
+def float32_is_faster() -> bool:
+    """Whether this CPU multiplies in float32 faster than in bf16, conversions included.
+
+    So it is where bf16 dot products run at half rate (server CPUs of Intel without AMX), and not
+    where they run at full rate or in tiles. Measured once, in a few milliseconds of one thread's
+    own time, which other work on the machine does not disturb.
+    """
+    weight, x = torch.zeros(1024, 512), torch.zeros(128, 512)
+    layers = Linear(weight.bfloat16()), Linear(weight.bfloat16(), widen=True)
+    x = x.bfloat16()
+    best = [math.inf, math.inf]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for index in (0, 1) * 4:
+            start = time.thread_time()
+            layers[index](x)
+            best[index] = min(best[index], time.thread_time() - start)
+    finally:
+        torch.set_num_threads(num_threads)
+    return best[1] < best[0]
 
 
 class RmsNorm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn import functional
 
 from cachedattn.batch import Batch
 from cachedattn.config import ModelConfig
-from cachedattn.layers import Linear, LmHead, RmsNorm, silu_and_mul
+from cachedattn.layers import Linear, LmHead, RmsNorm, float32_is_faster, silu_and_mul
 from cachedattn.rope import rope_tables
 
 
@@ -126,6 +127,11 @@ class WeightReader:
 
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         self.weights = weights
+        # float32 copies double the speed of prefill on some CPUs, for twice the bf16 memory.
+        num_bytes = 4 * sum(weight.numel() for weight in weights.values())
+        is_bf16 = any(weight.dtype == torch.bfloat16 for weight in weights.values())
+        fits = num_bytes < _physical_memory() // 8
+        self.widen = is_bf16 and fits and float32_is_faster()
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The weight `name`. ValueError: missing, or of another shape."""
@@ -145,6 +151,10 @@ class WeightReader:
         sizes = list(zip(names, out_sizes, strict=True))
         weight = torch.cat([self.take(f"{name}.weight", (size, in_size)) for name, size in sizes])
         if not any(f"{name}.bias" in self.weights for name in names):
-            return Linear(weight)
+            return Linear(weight, widen=self.widen)
         bias = [self.take(f"{name}.bias", (size,)) for name, size in sizes]
-        return Linear(weight, torch.cat(bias))
+        return Linear(weight, torch.cat(bias), widen=self.widen)
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
