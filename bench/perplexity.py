@@ -91,12 +91,12 @@ def run_engine(engine: Engine, ids: list[int], score: Score) -> int:
 
 
 def no_overflow(model: Path, ids: list[int], window: int, score: Score) -> None:
-    with Engine.from_pretrained(model, max_model_len=len(ids) + 1, max_step_tokens=CHUNK) as engine:
+    with Engine.from_pretrained(model, truncation=None, max_step_tokens=CHUNK) as engine:
         run_engine(engine, ids, score)
 
 
 def recompute(model: Path, ids: list[int], window: int, score: Score) -> None:
-    with Engine.from_pretrained(model, max_model_len=window + 1, max_step_tokens=CHUNK) as engine:
+    with Engine.from_pretrained(model, truncation=None, max_step_tokens=CHUNK) as engine:
         run_engine(engine, ids[:window], score)
         for end, _, start in cuts(len(ids), window, 0):
             run_engine(engine, ids[start : start + window], score_from(end, start, score))

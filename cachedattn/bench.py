@@ -139,7 +139,8 @@ def run_ttft(
     """Measures and prints; the exit code: 1 if first tokens differ, near ties apart."""
     path = find_model(model)
     window = max(lengths) + new + 1
-    baseline = load_engine(path, threads, dtype=dtype, max_model_len=window)
+    options = {"dtype": dtype, "max_model_len": window, "truncation": None}
+    baseline = load_engine(path, threads, **options)
     rows, agree = [], True
     # Not the system's folder for temporary files, which may lie in memory.
     with (

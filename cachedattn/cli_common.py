@@ -67,6 +67,7 @@ def with_store(baseline: Engine, path: Path) -> Engine:
         baseline.tokenizer,
         store,
         max_model_len=baseline.max_model_len,
+        truncation=baseline.truncation,
         owns_store=True,
     )
 
