@@ -128,6 +128,19 @@ TEST_P(StoreFaultTest, AFailedWriteLeavesTheDramCopyAndIsNotTriedAgain) {
   store->CheckInvariants();
 }
 
+TEST_P(StoreFaultTest, FailedWritesDoNotHoldTheirSlots) {
+  const auto store = Open(/*dram=*/8);
+  plan_.Add({.op = IoOp::kWrite, .kind = FaultKind::kError, .count = 1000, .error = EIO});
+  PlayTurn(store.get(), tokens_);
+  store->Flush();
+  ASSERT_EQ(store->stats().failed_saves, 5u);
+  PlayTurn(store.get(), MakeTokens(6 * kBlock, 7));  // needs room in DRAM
+  store->Flush();
+  EXPECT_GT(store->stats().evictions[static_cast<int>(Tier::kDram)], 0u);
+  EXPECT_EQ(store->stats().failed_saves, 11u) << "each block was tried once";
+  store->CheckInvariants();
+}
+
 TEST_P(StoreFaultTest, ASequenceMayEndWhileItsLoadsAreUnderWay) {
   const auto store = OpenOnSsd();
   plan_.Add({.op = IoOp::kRead, .kind = FaultKind::kHold, .skip = 2, .count = 3});
