@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import os
@@ -56,31 +57,48 @@ def load_checkpoint(
     """Reads a Hugging Face directory (config.json, *.safetensors, tokenizer.json) or GGUF file.
 
     FileNotFoundError: nothing there. ValueError: something that is not supported, named.
+    ModuleNotFoundError: a package that reading models needs is not installed.
     """
     check_choice("dtype", dtype, DTYPES)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no model at {path}")
-    torch_dtype = getattr(torch, dtype)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    read = _read_directory if path.is_dir() else _read_gguf
+    try:
         # Hashing releases the interpreter lock, so it runs beside everything else.
-        if path.is_dir():
-            config = hf_config(_read_json(path / "config.json"))
-            files = _safetensors_files(path)
-            digest = pool.submit(_hash_files, files, progress)
-            tokenizer = Tokenizer.from_directory(path)
-            weights = _load_safetensors(files, torch_dtype)
-        else:
-            file = gguf.GgufFile(path)
-            config = gguf.model_config(file)
-            digest = pool.submit(_hash_files, [path], progress)
-            tokenizer = gguf.tokenizer(file)
-            weights = dict(gguf.weights(file, config, torch_dtype))
-        if tokenizer is not None:
-            eos = {*config.eos_token_ids, *_generation_eos(path), *tokenizer.eos_token_ids}
-            object.__setattr__(config, "eos_token_ids", tuple(sorted(eos)))
-        identity = identity_of(digest.result(), config, dtype)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            config, tokenizer, weights, digest = read(
+                path,
+                getattr(torch, dtype),
+                lambda files: pool.submit(_hash_files, files, progress).result,
+            )
+            identity = identity_of(digest(), config, dtype)
+    except ModuleNotFoundError as error:
+        message = f"reading models needs {error.name}: pip install 'cachedattn[hf]'"
+        raise ModuleNotFoundError(message, name=error.name) from None
     return Checkpoint(path.stem, config, weights, tokenizer, dtype, identity)
+
+
+Parts = tuple[ModelConfig, Tokenizer | None, dict[str, torch.Tensor], Callable[[], bytes]]
+StartHash = Callable[[list[Path]], Callable[[], bytes]]  # of files; the result waits
+
+
+def _read_directory(path: Path, dtype: torch.dtype, start_hash: StartHash) -> Parts:
+    config = hf_config(_read_json(path / "config.json"))
+    files = _safetensors_files(path)
+    digest = start_hash(files)
+    tokenizer = Tokenizer.from_directory(path)
+    eos = {*config.eos_token_ids, *_generation_eos(path)}
+    eos |= set(tokenizer.eos_token_ids) if tokenizer else set()
+    config = dataclasses.replace(config, eos_token_ids=tuple(sorted(eos)))
+    return config, tokenizer, _load_safetensors(files, dtype), digest
+
+
+def _read_gguf(path: Path, dtype: torch.dtype, start_hash: StartHash) -> Parts:
+    file = gguf.GgufFile(path)
+    config = gguf.model_config(file)
+    digest = start_hash([path])
+    return config, gguf.tokenizer(file), dict(gguf.weights(file, config, dtype)), digest
 
 
 def identity_of(weights_digest: bytes, config: ModelConfig, dtype: str) -> bytes:

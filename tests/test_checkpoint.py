@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import gguf as gguf_package
 import numpy as np
@@ -285,3 +286,9 @@ def test_damaged_gguf_is_refused(model_path, tmp_path, bpe):
     path.write_bytes(b"GGUF\x09\0\0\0" + data[8:])
     with pytest.raises(ValueError, match="version 9"):
         load_checkpoint(path)
+
+
+def test_a_missing_package_is_named(model_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)  # makes its import fail
+    with pytest.raises(ModuleNotFoundError, match=r"needs safetensors: pip install"):
+        load_checkpoint(model_path)
