@@ -109,9 +109,9 @@ def rows_of(history: int, new: int, times: dict[str, list[float]]) -> list[dict[
     return rows
 
 
-def print_table(rows: list[dict[str, Any]], model: str, dtype: str, repeats: int) -> None:
+def print_table(rows: list[dict[str, Any]], title: str, io_report: str) -> None:
     """The results for people."""
-    table = Table(title=f"Time to first token, {model}, {dtype}, medians of {repeats} rounds")
+    table = Table(title=title, caption=f"SSD: {io_report}")
     for name in ("history", "new", "source", "TTFT, s", "/ recompute", "/ floor"):
         table.add_column(name, justify="left" if name == "source" else "right")
     for row in rows:
@@ -149,6 +149,7 @@ def run_ttft(
         with_store(baseline, Path(folder) / "store") as store,
         progress_bar() as bar,
     ):
+        io_report = store.store.io_report
         for history in lengths:
             times, same = measure(baseline, store, history, new, repeats, bar)
             agree &= same
@@ -157,7 +158,8 @@ def run_ttft(
                 if as_json:
                     print(json.dumps(row), flush=True)
     if not as_json:
-        print_table(rows, path.stem, dtype, repeats)
+        title = f"Time to first token, {path.stem}, {dtype}, medians of {repeats} rounds"
+        print_table(rows, title, io_report)
     if not agree:
         Console(stderr=True).print("First tokens differ by more than a near tie.")
     return 0 if agree else 1

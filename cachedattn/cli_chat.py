@@ -81,9 +81,20 @@ def play_turn(
     raise AssertionError("a stream ends with its reply")
 
 
+def print_cost(reply: Reply, as_json: bool) -> None:
+    """The line after an answer: what it reused, from where, and how long it took to begin."""
+    fields = reply_fields(reply)
+    if as_json:
+        print(json.dumps({"text": reply.text, **fields}), flush=True)
+        return
+    Console().print(
+        f"\n[dim]{fields['reused_tokens']:,} tokens reused ({tiers_text(reply.cached_from)}), "
+        f"{fields['new_tokens']:,} new, first token after {reply.ttft_s:.3f} s[/dim]"
+    )
+
+
 def run_chat(options: ChatOptions, sampling: SamplingParams) -> None:
     """Chats until the input ends. Ctrl-C ends it too; finished turns stay in the store."""
-    console = Console()
     messages = read_transcript(options.transcript, options.system)
     if options.store is None:
         config = StoreConfig(dram=options.dram)
@@ -97,19 +108,15 @@ def run_chat(options: ChatOptions, sampling: SamplingParams) -> None:
         max_model_len=options.max_model_len,
         truncation=options.truncation,
     )
-    with engine:
-        for text in user_messages():
-            messages.append({"role": "user", "content": text})
-            reply = play_turn(engine, messages, sampling, options.as_json)
-            messages.append({"role": "assistant", "content": reply.text})
-            if options.transcript is not None:
-                write_transcript(options.transcript, messages)
-            fields = reply_fields(reply)
-            if options.as_json:
-                print(json.dumps({"text": reply.text, **fields}), flush=True)
-                continue
-            console.print(
-                f"\n[dim]{fields['reused_tokens']:,} tokens reused "
-                f"({tiers_text(reply.cached_from)}), {fields['new_tokens']:,} new, "
-                f"first token after {reply.ttft_s:.3f} s[/dim]"
-            )
+    try:
+        with engine:
+            for text in user_messages():
+                messages.append({"role": "user", "content": text})
+                reply = play_turn(engine, messages, sampling, options.as_json)
+                messages.append({"role": "assistant", "content": reply.text})
+                if options.transcript is not None:
+                    write_transcript(options.transcript, messages)
+                print_cost(reply, options.as_json)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the finished turns are kept.", file=sys.stderr)
+        raise

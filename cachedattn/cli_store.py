@@ -56,6 +56,8 @@ def run_inspect(store: Path, as_json: bool) -> None:
             value = ", ".join(f"{key} {part}" for key, part in value.items())
         elif name.endswith("bytes"):
             value = size_text(value)
+        elif name == "identity":
+            value = value[:16]
         table.add_row(name.replace("_", " "), str(value))
     console.print(table)
     if not info["blocks"]:

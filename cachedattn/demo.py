@@ -42,11 +42,15 @@ def worker(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     with process:
         process.stdin.write(json.dumps(task))
         process.stdin.close()
-        for line in process.stdout:
-            record = json.loads(line)
-            if "error" in record:
-                raise ValueError(record["error"])
-            yield record
+        try:
+            for line in process.stdout:
+                record = json.loads(line)
+                if "error" in record:
+                    raise ValueError(record["error"])
+                yield record
+        except BaseException:  # Ctrl-C, or the caller has had enough
+            process.terminate()
+            raise
     if process.returncode != 0:
         raise RuntimeError(f"the demo's process ended with exit code {process.returncode}")
 
