@@ -7,7 +7,8 @@
     ours, N       the store cuts un-rotated K and V; keep_first N tokens stay
     naive, N      the same cut on K that was cached after RoPE: old angles, new positions
 
-All cut to the same lengths at the same tokens, and only tokens after the first overflow count.
+All cut to the same lengths at the same tokens. Tokens before the first overflow, which all score
+in the same context, are given beside those after it.
 Texts are ones that lie on a Debian machine and in any Python. Prints one JSON line per text and
 way, then a table. HF_DIR is made by smollm2_hf.py.
 """
@@ -44,12 +45,11 @@ TEXTS = {"GNU GPL version 3": gpl3, "Python language reference, pydoc topics": p
 
 
 class Scorer:
-    """Sums the loss of the tokens from `first` on; each is scored once."""
+    """The loss of each token but the first, which nothing predicts."""
 
-    def __init__(self, ids: list[int], first: int) -> None:
+    def __init__(self, ids: list[int]) -> None:
         self.ids = torch.tensor(ids)
         self.loss = torch.full((len(ids),), math.nan)
-        self.first = first
 
     def __call__(self, index: int, logits: torch.Tensor) -> None:
         """logits [rows, vocab] of the tokens index, index + 1, ...: each predicts the next."""
@@ -58,8 +58,8 @@ class Scorer:
         loss = torch.nn.functional.cross_entropy(logits[:rows].float(), target, reduction="none")
         self.loss[index + 1 : index + 1 + rows] = loss
 
-    def perplexity(self) -> float:
-        part = self.loss[self.first :]
+    def perplexity(self, first: int, end: int) -> float:
+        part = self.loss[first:end]
         if part.isnan().any():
             raise RuntimeError(f"{int(part.isnan().sum())} tokens were not scored")
         return float(part.mean().exp())
@@ -185,17 +185,20 @@ def main() -> None:
     for title, read in TEXTS.items():
         ids = tokenizer.encode(read())[: args.tokens]
         for way, run in WAYS.items():
-            scorer = Scorer(ids, args.window)
+            scorer = Scorer(ids)
             begin = time.perf_counter()
             run(args.model, ids, args.window, scorer)
             row = {"text": title, "tokens": len(ids), "window": args.window, "way": way}
-            row |= {"scored": len(ids) - args.window, "perplexity": round(scorer.perplexity(), 3)}
+            # Before the first overflow all ways compute the same: a check on the comparison.
+            row["perplexity_before"] = round(scorer.perplexity(1, args.window), 3)
+            row["perplexity_after"] = round(scorer.perplexity(args.window, len(ids)), 3)
             print(json.dumps(row), flush=True)
             print(f"{way}: {time.perf_counter() - begin:.0f} s", file=sys.stderr)
             table.append(row)
-    print("\n| text | way | perplexity |\n| --- | --- | ---: |")
+    print("\n| text | way | before the first overflow | after it |\n| --- | --- | ---: | ---: |")
     for row in table:
-        print(f"| {row['text']} | {row['way']} | {row['perplexity']:.2f} |")
+        before, after = row["perplexity_before"], row["perplexity_after"]
+        print(f"| {row['text']} | {row['way']} | {before:.2f} | {after:.2f} |")
 
 
 if __name__ == "__main__":
