@@ -22,17 +22,17 @@ _ops = torch.ops.cachedattn
 
 
 def cpu_isa() -> str:
-    """The CPU kernels in use: 'reference', 'avx2' or 'avx512'.
+    """The CPU kernels in use: 'reference', 'avx2', 'avx512' or 'avx512_bf16'.
 
-    The widest that this machine has, or what CACHEDATTN_CPU_ISA named when this was imported.
+    The fastest that this machine has, or what CACHEDATTN_CPU_ISA named when this was imported.
     """
     return _ops.cpu_isa.default()
 
 
 if os.environ.get("CACHEDATTN_CPU_ISA", cpu_isa()) != cpu_isa():
     raise ImportError(
-        f"CACHEDATTN_CPU_ISA={os.environ['CACHEDATTN_CPU_ISA']}: unknown, or not on this machine, "
-        f"which has kernels up to {cpu_isa()}"
+        f"CACHEDATTN_CPU_ISA={os.environ['CACHEDATTN_CPU_ISA']}: unknown, or not on this machine; "
+        f"without it, {cpu_isa()} is used"
     )
 
 

@@ -23,7 +23,11 @@ def check(case: Case) -> None:
     # A relative error of the whole hides a wrong row: every row on its own, with some room.
     error = (out.double() - expected).norm(dim=2)
     assert bool((error <= 8 * TOLERANCE[case.dtype] * expected.norm(dim=2).clamp(min=0.05)).all())
-    assert torch.allclose(lse[~empty].double(), expected_lse[~empty], rtol=0, atol=2e-3)
+    # The pair kernels round rotated Q and K: 2.4e-3 of a logit's deviation, which a row of few keys
+    # shows in full; the sum over many keys averages it out.
+    rounds = ops.cpu_isa() == "avx512_bf16" and case.dtype == torch.bfloat16
+    atol = 1.5e-2 if rounds else 2e-3
+    assert torch.allclose(lse[~empty].double(), expected_lse[~empty], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -110,8 +110,8 @@ CA_API bool AttnPlanMatches(const int32_t* plan, int64_t plan_size, const int32_
 CA_API void AttnPaged(const AttnParams& params, const Workers& workers);
 CA_API void MergeStates(const MergeParams& params, const Workers& workers);
 
-// Name of the instruction set in use: "reference", "avx2", "avx512" or "avx512_bf16". The best one
-// this machine has, or what CACHEDATTN_CPU_ISA asks for.
+// Name of the instruction set in use: "reference", "avx2", "avx512" or "avx512_bf16". The fastest
+// that this machine has, or what CACHEDATTN_CPU_ISA asks for.
 CA_API const char* CpuIsaName();
 
 }  // namespace cachedattn

@@ -81,6 +81,18 @@ void RunWorker(void* ctx, int) {
   }
 }
 
+// Below some 20 us of work, waking other threads costs more than they save.
+bool WorthThreads(const AttnParams& p) {
+  constexpr int64_t kMinProducts = 1 << 17;
+  const PlanItem* items = ItemsOf(p.plan);
+  int64_t products = 0;  // q k products, in elements
+  for (int i = 0; i < HeaderOf(p.plan).num_items && products < kMinProducts; ++i) {
+    products += int64_t{items[i].num_tokens} * (items[i].kv_end - items[i].kv_begin) *
+                p.num_q_heads * p.kv.head_dim;
+  }
+  return products >= kMinProducts;
+}
+
 }  // namespace
 
 void AttnPaged(const AttnParams& params, const Workers& workers) {
@@ -101,7 +113,7 @@ void AttnPagedWith(const CpuKernels& kernels, const AttnParams& params, const Wo
       partials.Get(int64_t{header.partial_tokens} * params.num_q_heads * (params.kv.head_dim + 2)),
       finished};
   const int n = static_cast<int>(std::min<int64_t>(workers.num_threads, num_tasks));
-  if (n <= 1) {
+  if (n <= 1 || !WorthThreads(params)) {
     RunWorker(&job, 0);
   } else {
     workers.run(n, RunWorker, &job);

@@ -16,21 +16,25 @@ bool HasAvx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-// The table that CACHEDATTN_CPU_ISA names, or the widest one; never one the machine lacks.
+// The table that CACHEDATTN_CPU_ISA names, or the fastest one; never one the machine lacks.
 const CpuKernels& Choose() {
   const auto supported = SupportedCpuKernels();
   const char* asked = std::getenv("CACHEDATTN_CPU_ISA");
   for (const CpuKernels* kernels : supported) {
     if (asked != nullptr && std::strcmp(asked, kernels->name) == 0) return *kernels;
   }
-  return *supported.back();
+  // Intel's VDPBF16PS is slower than its float32 FMA (simd_pairs.h).
+  const bool avoid_pairs = supported.back() == &kAvx512Bf16Kernels && !__builtin_cpu_is("amd");
+  return avoid_pairs ? kAvx512Kernels : *supported.back();
 }
 
 }  // namespace
 
 std::span<const CpuKernels* const> SupportedCpuKernels() {
-  static constexpr const CpuKernels* kAll[] = {&kReferenceKernels, &kAvx2Kernels, &kAvx512Kernels};
-  return std::span(kAll).first(HasAvx512() ? 3 : HasAvx2() ? 2 : 1);
+  static constexpr const CpuKernels* kAll[] = {&kReferenceKernels, &kAvx2Kernels, &kAvx512Kernels,
+                                               &kAvx512Bf16Kernels};
+  const bool bf16 = HasAvx512() && __builtin_cpu_supports("avx512bf16");
+  return std::span(kAll).first(bf16 ? 4 : HasAvx512() ? 3 : HasAvx2() ? 2 : 1);
 }
 
 const CpuKernels& ActiveCpuKernels() {

@@ -41,7 +41,7 @@ struct CpuKernels {
   void (*rope)(const RopeApplyParams& params, int64_t begin, int64_t end);
 };
 
-extern const CpuKernels kReferenceKernels, kAvx2Kernels, kAvx512Kernels;
+extern const CpuKernels kReferenceKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
 // The tables that this machine can run, narrowest first.
 std::span<const CpuKernels* const> SupportedCpuKernels();
 const CpuKernels& ActiveCpuKernels();

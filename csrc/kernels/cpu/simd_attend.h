@@ -212,8 +212,8 @@ inline void Decode(const TaskView<T>& t, const AttnState& state, float* scratch)
     SoftmaxRows(s, t.rows, begin, end, t.cap, state.m, l, keep);
     const CacheRows<T> values{rows[now], t.p.kv.kv_stride};
     ByRows<kValueRows>(0, t.rows, [&](auto count, int r) {
-      Gemm<count.kCount>(n, s + r * kKeyTile, kKeyTile, values, t.dim, state.o + r * t.dim, t.dim,
-                         keep + r);
+      Gemm<FloatOperands, count.kCount>(n, s + r * kKeyTile, kKeyTile, values, t.dim,
+                                        state.o + r * t.dim, t.dim, keep + r);
     });
   }
   for (int r = 0; r < t.rows; ++r) state.l[r] = Simd::ReduceAdd(Simd::Load(l + r * Simd::kLanes));
@@ -243,7 +243,7 @@ struct ExtendScratch {
 };
 
 // Rotates, scales and widens the query rows; zeroes the padding and the running sums.
-template <typename T>
+template <typename Op, typename T>
 inline void PrepareQueries(const TaskView<T>& t, const ExtendScratch& scratch, float* angles) {
   for (int r = 0; r < t.rows; ++r) {
     const int64_t position = t.Position(r) > 0 ? t.Position(r) : 0;
@@ -251,6 +251,7 @@ inline void PrepareQueries(const TaskView<T>& t, const ExtendScratch& scratch, f
     const T* row = t.Query(r);
     RotateRows<1>(t.p.rope, &row, t.dim, angles, angles + t.dim, t.q_scale,
                   scratch.q + int64_t{r} * t.dim);
+    Op::PackRow(scratch.q + int64_t{r} * t.dim, t.dim);
   }
   const int64_t padded = t.rows + kRowTile;
   __builtin_memset(scratch.q + int64_t{t.rows} * t.dim, 0, kRowTile * t.dim * sizeof(float));
@@ -260,7 +261,7 @@ inline void PrepareQueries(const TaskView<T>& t, const ExtendScratch& scratch, f
 }
 
 // K of the tile, rotated and transposed, and V, widened. Past n, K repeats the last key.
-template <typename T>
+template <typename Op, typename T>
 inline void PrepareTile(const TaskView<T>& t, int64_t base, const ExtendScratch& scratch, int* n) {
   const T* rows[kKeyTile];
   *n = t.KeyRows(base, rows);
@@ -272,40 +273,39 @@ inline void PrepareTile(const TaskView<T>& t, int64_t base, const ExtendScratch&
       RotateRows<kDotKeys>(t.p.rope, rows + k, t.dim, angles.cosine + k * angles.width,
                            angles.sine + k * angles.width, 1.f, scratch.k + (k - j) * t.dim);
     }
-    for (int i = 0; i < t.dim; i += Simd::kLanes) {
+    for (int k = 0; k < Simd::kLanes; ++k) Op::PackRow(scratch.k + k * t.dim, t.dim);
+    for (int i = 0; i < t.dim / Op::kPerWord; i += Simd::kLanes) {
       Simd::Transpose(scratch.k + i, t.dim, scratch.k_transposed + i * kKeyTile + j, kKeyTile);
     }
   }
-  for (int j = 0; j < *n; ++j) {
-    const T* value = rows[j] + t.p.kv.kv_stride;
-    for (int i = 0; i < t.dim; i += Simd::kLanes) {
-      Simd::Store(Simd::Load(value + i), scratch.v + j * t.dim + i);
-    }
-  }
+  Op::PackValues(rows, t.p.kv.kv_stride, *n, t.dim, scratch.v);
 }
 
 template <typename T>
 inline void Extend(const TaskView<T>& t, const AttnState& state, float* memory) {
+  using Op = typename OperandsOf<T>::Type;
   Arena arena(memory);
   const ExtendScratch scratch(t, &arena);
   float keep[kMaxSoftmaxRows];
   int begin[kMaxSoftmaxRows], end[kMaxSoftmaxRows];
-  PrepareQueries(t, scratch, arena.Floats(2 * t.dim));
+  PrepareQueries<Op>(t, scratch, arena.Floats(2 * t.dim));
   for (int64_t base = t.FirstBase(); base < t.task.kv_end; base += kKeyTile) {
     int n;
-    PrepareTile(t, base, scratch, &n);
+    PrepareTile<Op>(t, base, scratch, &n);
     // Rows before the tile see none of it.
     const int64_t hidden = (base - t.first_position) * t.group;
     int row = hidden > 0 ? static_cast<int>(hidden / kRowTile * kRowTile) : 0;
     for (; row < t.rows; row += kRowTile) {
       float* o = row + kRowTile <= t.rows ? state.o + int64_t{row} * t.dim : scratch.tail;
-      Gemm<kRowTile>(t.dim, scratch.q + int64_t{row} * t.dim, t.dim,
-                     DenseRows{scratch.k_transposed, kKeyTile}, kKeyTile, scratch.s, kKeyTile,
-                     nullptr);
+      Gemm<Op, kRowTile>(t.dim / Op::kPerWord, scratch.q + int64_t{row} * t.dim, t.dim,
+                         DenseRows{scratch.k_transposed, kKeyTile}, kKeyTile, scratch.s, kKeyTile,
+                         nullptr);
       for (int r = 0; r < kRowTile; ++r) t.Limits(row + r, base, begin + r, end + r);
       SoftmaxRows(scratch.s, kRowTile, begin, end, t.cap, scratch.m + row,
                   scratch.l + int64_t{row} * Simd::kLanes, keep);
-      Gemm<kRowTile>(n, scratch.s, kKeyTile, DenseRows{scratch.v, t.dim}, t.dim, o, t.dim, keep);
+      for (int r = 0; r < kRowTile; ++r) Op::PackRow(scratch.s + r * kKeyTile, kKeyTile);
+      Gemm<Op, kRowTile>((n + Op::kPerWord - 1) / Op::kPerWord, scratch.s, kKeyTile,
+                         DenseRows{scratch.v, t.dim}, t.dim, o, t.dim, keep);
     }
   }
   const int whole = t.rows / kRowTile * kRowTile;

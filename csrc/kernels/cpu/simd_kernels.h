@@ -29,6 +29,9 @@ constexpr int kKeyTile = 64;
 #include "csrc/kernels/cpu/simd_gemm.h"
 #include "csrc/kernels/cpu/simd_rope.h"
 #include "csrc/kernels/cpu/simd_softmax.h"
+#ifdef __AVX512BF16__
+#include "csrc/kernels/cpu/simd_pairs.h"
+#endif
 
 #include "csrc/kernels/cpu/simd_attend.h"
 
