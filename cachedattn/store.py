@@ -88,7 +88,6 @@ class AttentionStore:
         self,
         tokens: Iterable[int],
         *,
-        tenant: str = "",
         window: int = 0,
         truncation: Truncation | None = None,
     ) -> Chain:
@@ -96,7 +95,7 @@ class AttentionStore:
         truncation = truncation or Truncation()
         return self._core.new_chain(
             np.asarray(list(tokens), np.int32),
-            tenant,
+            "",  # tenant
             window,
             truncation.ratio,
             truncation.keep_first,
