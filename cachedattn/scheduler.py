@@ -41,11 +41,14 @@ class Scheduler:
             self._queue_changed = False
         budget = self.max_step_tokens
         work: list[Work] = []
-        for request in list(self.running):
+        started = list(self.running)
+        for request in started:
             if request.state is RequestState.RUNNING and budget > 0:
                 num_tokens = self._reserve_or_preempt(request, budget)
                 budget -= num_tokens
                 work += [(request, num_tokens)] if num_tokens else []
+        if len(self.running) < len(started):
+            return work  # the pool is full: a newcomer would only be preempted again
         while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
             num_tokens = self._start(self.waiting[0], budget, wait=not work)
             if not num_tokens:
