@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_reference import LO_ROWS, Case, inv_freq, relative_error, rotate
 
+import cachedattn as ca
 from cachedattn import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -146,6 +147,7 @@ def bad_calls():
         (ops.kv_append, (x, x, kv, slots[:1]), r"slot_mapping: must be \[2\]"),
         (ops.kv_append, (x, x, kv, slots + 64), r"slot_mapping: 64 is outside \[-1, 64\)"),
         (ops.kv_append, (x, x, kv, slots - 2), "slot_mapping: -2 is outside"),
+        (ops.kv_pool_layer, (-5, 0), "store: -5 is no open store"),
         (ops.merge_states, (o, lse[:1]), r"lse: must be \[2, 1, 3\]"),
         (ops.merge_states, (o[:0], lse[:0]), "o: needs at least one state"),
         (ops.merge_states, (o.int(), lse), "o: must be float32"),
@@ -156,6 +158,26 @@ def bad_calls():
 def test_refuses(op, args, message):
     with pytest.raises(RuntimeError, match=message):
         op(*args)
+
+
+def test_pool_layers_tile_the_pool_and_end_with_the_store():
+    layout = ca.KvLayout(
+        num_layers=3, num_kv_heads=2, head_dim=16, dtype="float32", identity=bytes(32)
+    )
+    with ca.AttentionStore(ca.StoreConfig(dram="2MiB", block_size=16), layout) as store:
+        handle = store._core.handle
+        layers = [ops.kv_pool_layer(handle, layer) for layer in range(3)]
+        assert layers[0].shape[1:] == (2, 2, 16, 16) and layers[0].shape[0] >= 2
+        for value, layer in enumerate(layers):
+            layer.fill_(value + 1)  # no layer lies over another
+        assert [float(layer.unique()) for layer in layers] == [1.0, 2.0, 3.0]
+        assert layers[1].data_ptr() == store.kv[1].data_ptr()
+        for layer in (-1, 3):
+            with pytest.raises(RuntimeError, match=r"layer: .* is outside \[0, 3\)"):
+                ops.kv_pool_layer(handle, layer)
+        del layers, layer
+    with pytest.raises(RuntimeError, match="is no open store"):
+        ops.kv_pool_layer(handle, 0)
 
 
 def opcheck_samples():
