@@ -49,6 +49,27 @@ def floor_seconds(engine: Engine, prompt: list[int], history: int) -> tuple[floa
     return seconds, token
 
 
+def leave_history(engine: Engine, history: list[int], tier: str) -> None:
+    """Leaves exactly `history` in the store, its part-filled tail included, and all of it in
+    `tier`: 'dram' or 'ssd'. RuntimeError: it does not get there."""
+    store = engine.store
+    store.flush()  # what the last trial has still to save would replace that tail
+    run(engine, engine.add_request(history, ONE_TOKEN))
+    store.flush()
+    if tier == "ssd":
+        store.drop_tier("dram")
+        return
+    chain = store.new_chain([*history, history[0]])  # one more token: all of `history` is found
+    store.set_queue([chain])  # prefetches it
+    deadline = time.monotonic() + 30
+    while store.lookup(chain).by_tier["dram"] < len(history):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the history does not reach DRAM: {store.lookup(chain).by_tier}")
+        time.sleep(0.001)
+        store.poll()
+    store.set_queue([])
+
+
 def trial(
     source: str, baseline: Engine, store: Engine, prompt: list[int], history: int
 ) -> tuple[float, int]:
@@ -57,15 +78,9 @@ def trial(
     if source == "recompute":
         reply = run(baseline, baseline.add_request(prompt, ONE_TOKEN))
         return reply.ttft_s, reply.token_ids[0]
-    # Leaves exactly the history in the store, its part-filled tail included; what the last trial
-    # has still to save would replace that tail.
-    store.store.flush()
-    run(store, store.add_request(prompt[:history], ONE_TOKEN))
-    store.store.flush()
+    leave_history(store, prompt[:history], "ssd" if source == "ssd" else "dram")
     if source == "floor":
         return floor_seconds(store, prompt, history)
-    if source == "ssd":
-        store.store.drop_tier("dram")
     reply = run(store, store.add_request(prompt, ONE_TOKEN))
     if reply.cached_from[source] != history:
         raise RuntimeError(f"{source}: the history of {history} came from {reply.cached_from}")
@@ -77,11 +92,11 @@ def measure(
 ) -> tuple[dict[str, list[float]], bool]:
     """Seconds of every round by source, and whether the first tokens agree, near ties apart."""
     ids = token_ids(baseline, history + new + repeats)
+    store.scheduler.max_history = history  # other trials leave the new tokens' blocks behind
     times: dict[str, list[float]] = {source: [] for source in SOURCES}
     agree = True
     task = bar.add_task(f"history {history:,}", total=(repeats + 1) * len(SOURCES))
     for number in range(repeats + 1):
-        # Other new tokens each round: the last round's blocks must not be history for this one.
         prompt = ids[:history] + ids[history + number : history + number + new]
         tokens = []
         for source in SOURCES:

@@ -133,7 +133,7 @@ def test_bench_ttft_prints_a_line_per_source(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # the store goes to the current folder
     args = ["bench", "ttft", "--model", model, "--dtype", "float32"]
-    args += ["--history", "100,150", "--new", "16", "--repeats", "1"]
+    args += ["--history", "100,150", "--new", "48", "--repeats", "1"]
     answer = run(*args, "--json")
     assert answer.code == 0, answer.err
     rows = [json.loads(line) for line in answer.out.splitlines()]
@@ -142,7 +142,7 @@ def test_bench_ttft_prints_a_line_per_source(
     assert [row["history"] for row in rows] == [100] * 4 + [150] * 4
     for row in rows:
         keys = ["history", "new", "source", "ttft_s", "ratio_to_recompute", "ratio_to_floor"]
-        assert list(row) == keys and row["new"] == 16
+        assert list(row) == keys and row["new"] == 48
     assert rows[0]["ratio_to_recompute"] == rows[1]["ratio_to_floor"] == 1
     assert list(tmp_path.iterdir()) == []
     assert "recompute" in run(*args).out

@@ -5,6 +5,7 @@ import os
 import torch
 from protocol import Task, serve
 
+from cachedattn.bench import leave_history
 from cachedattn.config import StoreConfig
 from cachedattn.engine import Engine
 from cachedattn.sampling import SamplingParams
@@ -19,17 +20,13 @@ class CachedAttention:
         path = os.path.join(task.scratch, "kv")
         store = StoreConfig(dram="1GiB", ssd="1GiB", path=path)
         self.engine = Engine.from_pretrained(task.model, store=store)
+        # What earlier trials left of the new tokens is not to be found.
+        self.engine.scheduler.max_history = len(task.history)
         self.recompute = Engine.from_pretrained(task.model)
 
     def prepare(self, source: str) -> None:
-        if source == "recompute":
-            return
-        # Commits the history's part-filled tail again: the last trial's block replaces it.
-        self.engine.store.flush()
-        self.engine.generate(self.task.history, SamplingParams(max_tokens=1))
-        self.engine.store.flush()
-        if source == "disk":
-            self.engine.store.drop_tier("dram")
+        if source != "recompute":
+            leave_history(self.engine, self.task.history, "dram" if source == "memory" else "ssd")
 
     def first_token(self, source: str) -> int:
         engine = self.recompute if source == "recompute" else self.engine
