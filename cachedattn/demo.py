@@ -21,7 +21,7 @@ from rich.table import Table
 
 from cachedattn.cli_common import find_model, progress_bar, tiers_text
 
-MAX_TOKENS = 32  # per answer
+MAX_TOKENS = 24  # per answer
 
 
 def conversation() -> dict[str, Any]:
