@@ -252,6 +252,8 @@ def test_ctrl_c_in_a_turn_loses_no_finished_turn(run: Cli, model: Path, tmp_path
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
+        # Whoever runs the tests in the background may have had Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as child:
         child.stdin.write(b"hello\n")
         child.stdin.flush()
