@@ -21,7 +21,7 @@ help:  ## Show this list
 demo: build .venv/.model  ## Set up, build, and play a conversation on a real model
 	$(BIN)/cachedattn demo $(ARGS)
 
-test: build .venv/.tests .venv/.model  ## Native and Python tests, tidy test, binary audit, sanitizers
+test: build .venv/.tests .venv/.model  ## Native, Python and tidy tests, audit, sanitizers
 	scripts/run_tests.sh native python sanitize
 
 sanitize: .venv/.tests  ## Only the native tests under ASan + UBSan and under TSan
