@@ -48,7 +48,7 @@ def make_case(
     plan = ops.attn_plan(cu_q, lens, q_heads, kv_heads, BLOCK, torch.get_num_threads())
 
     def ours() -> torch.Tensor:
-        return ops.attn_paged(q, kv, table, lens, cu_q, plan, lo, hi, dim**-0.5)[0]
+        return ops.attn_paged(q, kv, table, lens, cu_q, plan, new, lo, hi, dim**-0.5)[0]
 
     gathered = kv[table[0].long()].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, dim)
     k, v = (x.contiguous() for x in gathered[:, :, :length])

@@ -26,6 +26,7 @@ class Batch:
     block_table: torch.Tensor  # i32 [B, max_blocks], -1 past a sequence's end
     kv_lens: torch.Tensor  # i32 [B]: tokens in the context, the new ones included
     cu_q: torch.Tensor  # i32 [B + 1]: first row of each sequence
+    max_q_len: int  # rows of the longest sequence
     logit_rows: torch.Tensor  # i64 [n]: rows whose logits are wanted
     kv: list[torch.Tensor]  # by layer: [slots, 2, Hkv, P, D]
     loads: list[Sequence] = field(default_factory=list)  # history still on its way
@@ -80,6 +81,7 @@ def make_batch(work: list[Work], store: AttentionStore) -> Batch:
         block_table=torch.from_numpy(block_table),
         kv_lens=torch.from_numpy(kv_lens),
         cu_q=torch.from_numpy(cu_q),
+        max_q_len=max(num_tokens for _, num_tokens in work),
         logit_rows=torch.from_numpy(np.concatenate(logit_rows).astype(np.int64)),
         kv=store.kv,
         loads=[sequence for sequence in sequences if sequence.loading],

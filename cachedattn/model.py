@@ -59,6 +59,7 @@ class DecoderLayer:
             batch.kv_lens,
             batch.cu_q,
             plan,
+            batch.max_q_len,
             tables.lo,
             tables.hi,
             tables.sm_scale,

@@ -93,6 +93,7 @@ def attn_paged(
     kv_lens: Tensor,
     cu_q: Tensor,
     plan: Tensor,
+    max_q_len: int,
     rope_lo: Tensor | None,
     rope_hi: Tensor | None,
     sm_scale: float,
@@ -104,8 +105,8 @@ def attn_paged(
     """Causal attention of any mix of prefill, extend and decode rows over paged, un-rotated K.
 
     q: [Tq, Hq, D] before RoPE, kv's dtype. kv: [slots, 2, H, P, D]. block_table: int32
-    [B, max_blocks]. plan: `attn_plan` of the same cu_q and kv_lens. rope_lo, rope_hi: None for no
-    rotation. window: attend to the last `window` tokens only; 0 for all. softcap: logits become
+    [B, max_blocks]. plan: `attn_plan` of the same cu_q and kv_lens. max_q_len: rows of the longest
+    sequence, or more. rope_lo, rope_hi: None for no rotation. window: attend to the last `window` tokens only; 0 for all. softcap: logits become
     `softcap * tanh(logit / softcap)`; 0 for none. sinks: float32 [Hq], logits that join the
     denominator once.
     Returns out [Tq, Hq, D] and lse float32 [Tq, Hq] (natural log). Rows that attend to nothing
@@ -118,6 +119,7 @@ def attn_paged(
         kv_lens,
         cu_q,
         plan,
+        max_q_len,
         rope_lo,
         rope_hi,
         sm_scale,
@@ -173,6 +175,7 @@ def _(
     kv_lens,
     cu_q,
     plan,
+    max_q_len,
     rope_lo,
     rope_hi,
     sm_scale,

@@ -95,7 +95,8 @@ class Case:
 
     def args(self, ops) -> tuple:
         lo, hi = self.tables(ops)
-        tensors = (self.q, self.kv, self.block_table, self.lens, self.cu_q, self.plan(ops), lo, hi)
+        tensors = (self.q, self.kv, self.block_table, self.lens, self.cu_q, self.plan(ops))
+        tensors += (max(self.q_lens, default=0), lo, hi)
         flags = (self.scale, self.interleaved, self.window, self.softcap, self.sink_logits)
         return tensors + flags
 

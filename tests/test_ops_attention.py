@@ -139,6 +139,7 @@ def test_output_does_not_depend_on_batch_mates_or_threads(dtype):
             lens,
             cu_q,
             plan,
+            q_len,
             *batch.tables(ops),
             batch.scale,
         )
@@ -154,7 +155,7 @@ def test_split_by_keys_then_merged_equals_the_whole():
         table = whole.block_table[:, part].contiguous()
         lens = torch.tensor([48], dtype=torch.int32)
         plan = ops.attn_plan(whole.cu_q, lens, *whole.heads, whole.block_size, 1)
-        args = (whole.q, whole.kv, table, lens, whole.cu_q, plan, None, None, whole.scale)
+        args = (whole.q, whole.kv, table, lens, whole.cu_q, plan, 1, None, None, whole.scale)
         halves.append(ops.attn_paged(*args))
     merged, merged_lse = ops.merge_states(
         torch.stack([o for o, _ in halves]), torch.stack([part_lse for _, part_lse in halves])
@@ -225,6 +226,7 @@ def bad_calls() -> list[tuple[str, object, str]]:
         ("kv_lens", torch.tensor([39], dtype=i32), "plan: was not made"),
         ("plan", torch.zeros(3, dtype=i32), "plan: was not made"),
         ("plan", torch.zeros(14, dtype=i32), "plan: was not made"),
+        ("max_q_len", 0, "max_q_len: is 0, sequence 0 has 1 rows"),
         ("rope_lo", None, "rope_lo, rope_hi: give both"),
         ("rope_lo", torch.zeros(255, 32, 2), "rope_lo: must be"),
         ("rope_hi", torch.zeros(1, 16, 2), "rope_hi: must be"),
@@ -239,8 +241,8 @@ def bad_calls() -> list[tuple[str, object, str]]:
 @pytest.mark.parametrize(("name", "value", "message"), bad_calls())
 def test_attention_refuses(name, value, message):
     case = Case([1], [40])
-    names = "q kv block_table kv_lens cu_q plan rope_lo rope_hi sm_scale interleaved window softcap"
-    good = dict(zip([*names.split(), "sinks"], case.args(ops), strict=True))
+    names = "q kv block_table kv_lens cu_q plan max_q_len rope_lo rope_hi sm_scale interleaved"
+    good = dict(zip([*names.split(), "window", "softcap", "sinks"], case.args(ops), strict=True))
     ops.attn_paged(**good)
     with pytest.raises(RuntimeError, match=message):
         ops.attn_paged(**(good | {name: value}))
@@ -250,6 +252,6 @@ def test_attention_refuses_a_table_narrower_than_the_rotary_dim():
     case = Case([1], [40], head_dim=16)
     wide = Case([1], [40], head_dim=32)
     args = list(case.args(ops))
-    args[6:8] = wide.tables(ops)
+    args[7:9] = wide.tables(ops)
     with pytest.raises(RuntimeError, match="rope_lo: rotary_dim 32 is larger than head_dim 16"):
         ops.attn_paged(*args)

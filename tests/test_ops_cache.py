@@ -209,7 +209,7 @@ def test_compiles_without_graph_breaks():
     def layer(q, k, v, kv, plan):
         ops.kv_append(k, v, kv, slots)
         out, _ = ops.attn_paged(
-            q, kv, case.block_table, case.lens, case.cu_q, plan, lo, hi, case.scale
+            q, kv, case.block_table, case.lens, case.cu_q, plan, 20, lo, hi, case.scale
         )
         return out * 2
 

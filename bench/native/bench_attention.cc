@@ -39,7 +39,8 @@ void Attention(benchmark::State& state, const Shape& shape, int new_tokens, int 
   RopeTable(inv_freq.data(), shape.head_dim / 2, kv_len / 256 + 1, 256, hi.data());
   std::vector<int32_t> table(blocks);
   const int32_t cu_q[] = {0, new_tokens};
-  const std::vector<int32_t> plan = MakeAttnPlan(cu_q, &kv_len, 1, 1);
+  const std::vector<int32_t> plan =
+      MakeAttnPlan(cu_q, &kv_len, 1, shape.q_heads / shape.kv_heads, 1);
 
   AttnParams p;
   p.q = q.data(), p.out = out.data(), p.lse = lse.data();

@@ -65,7 +65,7 @@ struct AttnParams {
   int64_t max_blocks = 0;
   const int32_t* kv_lens = nullptr;  // [B] tokens in the context, this step's included
   const int32_t* cu_q = nullptr;     // [B + 1] first row of each sequence
-  const int32_t* plan = nullptr;     // opaque, from attn_plan; host memory
+  const int32_t* plan = nullptr;     // opaque, from attn_plan
   int64_t plan_size = 0;
   KvView kv;
   RopeTables rope;
@@ -99,9 +99,10 @@ struct Workers {
 CA_API void RopeTable(const double* inv_freq, int num_pairs, int64_t n, int64_t stride, float* out);
 CA_API void RopeApply(const RopeApplyParams& params, const Workers& workers);
 CA_API void KvAppend(const KvAppendParams& params, const Workers& workers);
-// The plan of an AttnPaged call (attn_plan.h). cu_q [num_seqs + 1], kv_lens [num_seqs].
+// The plan of an AttnPaged call (attn_plan.h), for every device. cu_q [num_seqs + 1], kv_lens
+// [num_seqs]; group = Hq / H.
 CA_API std::vector<int32_t> MakeAttnPlan(const int32_t* cu_q, const int32_t* kv_lens, int num_seqs,
-                                         int workers);
+                                         int group, int workers);
 
 // True if `plan` was made for exactly these lengths and is intact.
 CA_API bool AttnPlanMatches(const int32_t* plan, int64_t plan_size, const int32_t* cu_q,
@@ -113,5 +114,20 @@ CA_API void MergeStates(const MergeParams& params, const Workers& workers);
 // Name of the instruction set in use: "reference", "avx2", "avx512" or "avx512_bf16". The fastest
 // that this machine has, or what CACHEDATTN_CPU_ISA asks for.
 CA_API const char* CpuIsaName();
+
+// Entry points, CUDA (csrc/kernels/cuda/). Every pointer in the params is device memory, the plan
+// too; `stream` is a cudaStream_t. They enqueue and return, never wait, allocate nothing and may be
+// captured in a CUDA graph. Contents of device memory (ids, lengths, the plan) cannot be checked:
+// the caller vouches for them. Return nullptr, or what went wrong at launch.
+
+CA_API const char* CudaRopeApply(const RopeApplyParams& params, void* stream);
+CA_API const char* CudaKvAppend(const KvAppendParams& params, void* stream);
+CA_API const char* CudaMergeStates(const MergeParams& params, void* stream);
+// Bytes of device memory that CudaAttnPaged needs beside its params (contents undefined), for these
+// shapes; max_blocks and the strides do not matter.
+CA_API int64_t CudaAttnWorkspaceBytes(const AttnParams& params);
+// max_q_len: no sequence has more query rows. `workspace` is aligned to 256 bytes.
+CA_API const char* CudaAttnPaged(const AttnParams& params, int max_q_len, void* workspace,
+                                 void* stream);
 
 }  // namespace cachedattn

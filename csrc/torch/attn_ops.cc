@@ -40,8 +40,9 @@ Tensor AttnPlanOp(const Tensor& cu_q, const Tensor& kv_lens, int64_t num_q_heads
   STD_TORCH_CHECK(block_size == 16 || block_size == 32 || block_size == 64 || block_size == 128,
                   "block_size: must be 16, 32, 64 or 128, is ", block_size);
   STD_TORCH_CHECK(workers >= 1, "workers: must be at least 1, is ", workers);
-  const std::vector<int32_t> words = MakeAttnPlan(
-      Int32Data(cu_q), Int32Data(kv_lens), static_cast<int>(num_seqs), static_cast<int>(workers));
+  const std::vector<int32_t> words =
+      MakeAttnPlan(Int32Data(cu_q), Int32Data(kv_lens), static_cast<int>(num_seqs),
+                   static_cast<int>(num_q_heads / num_kv_heads), static_cast<int>(workers));
   Tensor plan = torch::stable::empty({static_cast<int64_t>(words.size())}, ScalarType::Int);
   std::memcpy(plan.mutable_data_ptr(), words.data(), words.size() * sizeof(int32_t));
   return plan;
@@ -68,10 +69,10 @@ void CheckBlockTable(const AttnParams& p) {
 
 std::tuple<Tensor, Tensor> AttnPagedOp(const Tensor& q, const Tensor& kv, const Tensor& block_table,
                                        const Tensor& kv_lens, const Tensor& cu_q,
-                                       const Tensor& plan, std::optional<Tensor> rope_lo,
-                                       std::optional<Tensor> rope_hi, double sm_scale,
-                                       bool interleaved, int64_t window, double softcap,
-                                       std::optional<Tensor> sinks) {
+                                       const Tensor& plan, int64_t max_q_len,
+                                       std::optional<Tensor> rope_lo, std::optional<Tensor> rope_hi,
+                                       double sm_scale, bool interleaved, int64_t window,
+                                       double softcap, std::optional<Tensor> sinks) {
   AttnParams p;
   p.kv = ViewOfKv(kv);
   STD_TORCH_CHECK(q.dim() == 3, "q: must have 3 dimensions, has ", q.dim());
@@ -108,6 +109,10 @@ std::tuple<Tensor, Tensor> AttnPagedOp(const Tensor& q, const Tensor& kv, const 
   }
   STD_TORCH_CHECK(AttnPlanMatches(p.plan, p.plan_size, p.cu_q, p.kv_lens, p.num_seqs),
                   "plan: was not made by attn_plan for these cu_q and kv_lens");
+  for (int b = 0; b < p.num_seqs; ++b) {
+    STD_TORCH_CHECK(p.cu_q[b + 1] - p.cu_q[b] <= max_q_len, "max_q_len: is ", max_q_len,
+                    ", sequence ", b, " has ", p.cu_q[b + 1] - p.cu_q[b], " rows");
+  }
   CheckBlockTable(p);
   Tensor out = torch::stable::empty({p.num_rows, p.num_q_heads, p.kv.head_dim}, q.scalar_type());
   Tensor lse = torch::stable::empty({p.num_rows, p.num_q_heads}, ScalarType::Float);

@@ -12,8 +12,9 @@ STABLE_TORCH_LIBRARY(cachedattn, m) {
       "int workers) -> Tensor");
   m.def(
       "attn_paged(Tensor q, Tensor kv, Tensor block_table, Tensor kv_lens, Tensor cu_q, "
-      "Tensor plan, Tensor? rope_lo, Tensor? rope_hi, float sm_scale, bool interleaved=False, "
-      "int window=0, float softcap=0., Tensor? sinks=None) -> (Tensor out, Tensor lse)");
+      "Tensor plan, int max_q_len, Tensor? rope_lo, Tensor? rope_hi, float sm_scale, "
+      "bool interleaved=False, int window=0, float softcap=0., Tensor? sinks=None) "
+      "-> (Tensor out, Tensor lse)");
   m.def("merge_states(Tensor o, Tensor lse) -> (Tensor, Tensor)");
   m.def("kv_pool_layer(int store, int layer) -> Tensor");
   m.def("cpu_isa() -> str");

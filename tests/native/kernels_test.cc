@@ -62,8 +62,8 @@ class Batch {
     hi_.resize(8 * shape.rotary_dim);
     RopeTable(inv_freq.data(), shape.rotary_dim / 2, 256, 1, lo_.data());
     RopeTable(inv_freq.data(), shape.rotary_dim / 2, 8, 256, hi_.data());
-    plan_ =
-        MakeAttnPlan(cu_q_.data(), shape.kv_lens.data(), static_cast<int>(shape.q_lens.size()), 2);
+    plan_ = MakeAttnPlan(cu_q_.data(), shape.kv_lens.data(), static_cast<int>(shape.q_lens.size()),
+                         shape.q_heads / shape.kv_heads, 2);
   }
 
   // out followed by lse.
@@ -148,7 +148,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, KernelsTest,
 
 TEST(AttnPlan, CoversEveryVisibleKeyOnceAndKnowsItsLengths) {
   const std::vector<int32_t> cu_q = {0, 1, 200, 200}, kv_lens = {3000, 500, 9};
-  std::vector<int32_t> plan = MakeAttnPlan(cu_q.data(), kv_lens.data(), 3, 4);
+  std::vector<int32_t> plan = MakeAttnPlan(cu_q.data(), kv_lens.data(), 3, 1, 4);
   const auto matches = [&](const std::vector<int32_t>& lens) {
     return AttnPlanMatches(plan.data(), static_cast<int64_t>(plan.size()), cu_q.data(), lens.data(),
                            3);
