@@ -53,7 +53,8 @@ CA_DEVICE int AlignDownToTile(int x) { return x / kKeyTile * kKeyTile; }
 // The tile of this block, for a kernel whose row tile is `row_tile`.
 CA_DEVICE AttnTile MakeTile(const AttnLaunch& launch, int row_tile) {
   const AttnParams& p = launch.p;
-  const PlanItem item = ItemsOf(p.plan)[BlockIndex().x];
+  const PlanItem item =
+      reinterpret_cast<const PlanItem*>(p.plan + kPlanHeaderWords)[BlockIndex().x];
   AttnTile t;
   t.seq = item.seq;
   t.kv_head = BlockIndex().y / launch.row_blocks;
