@@ -98,6 +98,20 @@ CA_DEVICE void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Pins registers of wgmma to this place: what computes them stays before it, what uses them stays
+// after it. The compiler does not know that wgmma works on them until the wait; call this before
+// WgmmaFence on registers that were computed, and after WgmmaWait on those it made valid.
+template <int N>
+CA_DEVICE void PinRegisters(float (&r)[N]) {
+  CA_UNROLL
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(r[i])::"memory");
+}
+template <int N>
+CA_DEVICE void PinRegisters(uint32_t (&r)[N]) {
+  CA_UNROLL
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(r[i])::"memory");
+}
+
 // wgmma_mma.h defines, for N = 64 and 128 (the sums in d, N / 2 floats a thread: d[4 j + i] is
 // column 8 j + 2 (lane % 4) + i % 2 of row 16 warp + lane / 4 + 8 (i / 2)):
 //   WgmmaShared<T, N>(d, desc_a, desc_b, accumulate)            d [64, N] (+)= A [64, 16] B
