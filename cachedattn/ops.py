@@ -8,7 +8,12 @@ stands at position `kv_lens[b] - q_len[b] + i` and attends to keys up to its own
 Two tables hold the angles: `rope_lo = rope_table(inv_freq, 256, 1)` and
 `rope_hi = rope_table(inv_freq, ceil(max_positions / 256), 256)`.
 
-Bad arguments raise RuntimeError naming the argument; ids and positions are always checked.
+All tensors of a call lie on one device, CPU or CUDA; `rope_table` and `attn_plan` work on CPU
+tensors, and their result is moved to where it is needed. On CUDA the ops use torch's current
+stream, never wait for it, and can be captured in a CUDA graph.
+
+Bad arguments raise RuntimeError naming the argument. Ids, lengths, positions and the plan are
+checked on the CPU only: on CUDA reading them would wait for the device, so the caller vouches.
 """
 
 import os
@@ -39,7 +44,7 @@ if os.environ.get("CACHEDATTN_CPU_ISA", cpu_isa()) != cpu_isa():
 def rope_table(inv_freq: Tensor, n: int, stride: int) -> Tensor:
     """cos and sin of `i * stride * inv_freq` for i < n, computed in float64.
 
-    inv_freq: float64 [r / 2], scaling (llama3, linear, yarn) already applied.
+    inv_freq: float64 [r / 2] on the CPU, scaling (llama3, linear, yarn) already applied.
     Returns float32 [n, r / 2, 2].
     """
     return _ops.rope_table.default(inv_freq, n, stride)
@@ -80,8 +85,9 @@ def attn_plan(
 
     cu_q: int32 [B + 1], first row of each sequence. kv_lens: int32 [B], tokens in the context with
     this step's. Split boundaries depend on a sequence's own lengths only, so its output does not
-    depend on its batch mates; `workers` affects the order of the items only.
-    Returns an opaque int32 vector.
+    depend on its batch mates; `workers` affects the order of the items only. Both are on the CPU,
+    where a scheduler has them.
+    Returns an opaque int32 vector; `.to("cuda")` for attention there.
     """
     return _ops.attn_plan.default(cu_q, kv_lens, num_q_heads, num_kv_heads, block_size, workers)
 
@@ -106,9 +112,9 @@ def attn_paged(
 
     q: [Tq, Hq, D] before RoPE, kv's dtype. kv: [slots, 2, H, P, D]. block_table: int32
     [B, max_blocks]. plan: `attn_plan` of the same cu_q and kv_lens. max_q_len: rows of the longest
-    sequence, or more. rope_lo, rope_hi: None for no rotation. window: attend to the last `window` tokens only; 0 for all. softcap: logits become
-    `softcap * tanh(logit / softcap)`; 0 for none. sinks: float32 [Hq], logits that join the
-    denominator once.
+    sequence, or more. rope_lo, rope_hi: None for no rotation. window: attend to the last `window`
+    tokens only; 0 for all. softcap: logits become `softcap * tanh(logit / softcap)`; 0 for none.
+    sinks: float32 [Hq], logits that join the denominator once.
     Returns out [Tq, Hq, D] and lse float32 [Tq, Hq] (natural log). Rows that attend to nothing
     give 0 and -inf.
     """

@@ -1,6 +1,7 @@
 #include "csrc/torch/checks.h"
 
 #include <algorithm>
+#include <string>
 
 namespace cachedattn {
 namespace {
@@ -24,6 +25,11 @@ const char* NameOf(ScalarType dtype) {
   }
 }
 
+std::string NameOf(const Device& device) {
+  if (device.is_cpu()) return "the CPU";
+  return device.is_cuda() ? "cuda:" + std::to_string(device.index()) : "another device";
+}
+
 void RunOnTorchThreads(int n, void (*fn)(void*, int), void* ctx) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) fn(ctx, static_cast<int>(i));
@@ -32,8 +38,11 @@ void RunOnTorchThreads(int n, void (*fn)(void*, int), void* ctx) {
 
 }  // namespace
 
-void CheckTensor(const Tensor& tensor, const char* name, int64_t rank, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": must be on the CPU");
+void CheckTensor(const Tensor& tensor, const char* name, int64_t rank, ScalarType dtype,
+                 const Device& device) {
+  const Device own = tensor.device();
+  STD_TORCH_CHECK(own.type() == device.type() && (own.is_cpu() || own.index() == device.index()),
+                  name, ": must be on ", NameOf(device), ", is on ", NameOf(own));
   STD_TORCH_CHECK(tensor.dim() == rank, name, ": must have ", rank, " dimensions, has ",
                   tensor.dim());
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": must be ", NameOf(dtype), ", is ",
@@ -42,8 +51,9 @@ void CheckTensor(const Tensor& tensor, const char* name, int64_t rank, ScalarTyp
                   name, ": the last dimension must be contiguous");
 }
 
-void CheckContiguous(const Tensor& tensor, const char* name, int64_t rank, ScalarType dtype) {
-  CheckTensor(tensor, name, rank, dtype);
+void CheckContiguous(const Tensor& tensor, const char* name, int64_t rank, ScalarType dtype,
+                     const Device& device) {
+  CheckTensor(tensor, name, rank, dtype, device);
   STD_TORCH_CHECK(tensor.is_contiguous(), name, ": must be contiguous");
 }
 
@@ -63,9 +73,9 @@ ScalarType ScalarOf(DType dtype) {
                                      : ScalarType::Half;
 }
 
-KvView ViewOfKv(const Tensor& kv) {
+KvView ViewOfKv(const Tensor& kv, const Device& device) {
   const DType dtype = ElementOf(kv, "kv");
-  CheckTensor(kv, "kv", 5, ScalarOf(dtype));
+  CheckTensor(kv, "kv", 5, ScalarOf(dtype), device);
   const int64_t block = kv.size(3), dim = kv.size(4);
   STD_TORCH_CHECK(kv.size(1) == 2, "kv: dimension 1 must be 2 (K, V), is ", kv.size(1));
   STD_TORCH_CHECK(block == 16 || block == 32 || block == 64 || block == 128,
@@ -89,13 +99,13 @@ KvView ViewOfKv(const Tensor& kv) {
 }
 
 RopeTables RopeOf(const std::optional<Tensor>& rope_lo, const std::optional<Tensor>& rope_hi,
-                  bool interleaved, int head_dim) {
+                  bool interleaved, int head_dim, const Device& device) {
   STD_TORCH_CHECK(rope_lo.has_value() == rope_hi.has_value(),
                   "rope_lo, rope_hi: give both or neither");
   RopeTables rope;
   if (!rope_lo.has_value()) return rope;
-  CheckContiguous(*rope_lo, "rope_lo", 3, ScalarType::Float);
-  CheckContiguous(*rope_hi, "rope_hi", 3, ScalarType::Float);
+  CheckContiguous(*rope_lo, "rope_lo", 3, ScalarType::Float, device);
+  CheckContiguous(*rope_hi, "rope_hi", 3, ScalarType::Float, device);
   const int64_t pairs = rope_lo->size(1);
   STD_TORCH_CHECK(rope_lo->size(0) == RopeTables::kLoRows && rope_lo->size(2) == 2,
                   "rope_lo: must be [256, rotary_dim / 2, 2]");
@@ -112,8 +122,8 @@ RopeTables RopeOf(const std::optional<Tensor>& rope_lo, const std::optional<Tens
 }
 
 void CheckRows(const Tensor& tensor, const char* name, ScalarType dtype, int64_t heads,
-               int64_t head_dim) {
-  CheckTensor(tensor, name, 3, dtype);
+               int64_t head_dim, const Device& device) {
+  CheckTensor(tensor, name, 3, dtype, device);
   STD_TORCH_CHECK(tensor.size(1) == heads && tensor.size(2) == head_dim, name, ": must be [n, ",
                   heads, ", ", head_dim, "], is [n, ", tensor.size(1), ", ", tensor.size(2), "]");
   STD_TORCH_CHECK(tensor.numel() == 0 || heads == 1 || tensor.stride(1) == head_dim, name,
@@ -122,6 +132,10 @@ void CheckRows(const Tensor& tensor, const char* name, ScalarType dtype, int64_t
 
 Workers TorchWorkers() {
   return {static_cast<int>(torch::stable::get_num_threads()), RunOnTorchThreads};
+}
+
+Tensor EmptyOn(const Device& device, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return torch::stable::empty(shape, dtype, std::nullopt, device);
 }
 
 }  // namespace cachedattn
