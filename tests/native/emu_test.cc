@@ -91,5 +91,61 @@ TEST(EmuTest, Deadlock) { EXPECT_HAS(ErrorOf(HalfBarrier), "deadlock"); }
 CA_KERNEL(96, 1) WrongCount() { NamedBarrierSync(1, ThreadIndex() < 32 ? 64 : 96); }
 TEST(EmuTest, WrongBarrierCount) { EXPECT_HAS(ErrorOf(WrongCount, 96), "others came to it for"); }
 
+// A copy that nobody waits for, and one that only its own thread may see.
+alignas(16) const uint32_t kWords[4] = {1, 2, 3, 4};
+CA_KERNEL(64, 1) NoWait() {
+  if (ThreadIndex() != 0) return;
+  CpAsync16(SharedMemory(), kWords, true);
+  CpAsyncCommit();
+  CpAsync16(SharedMemory() + 16, kWords, true);
+  CpAsyncCommit();
+  CpAsyncWait<1>();
+  LoadShared<U4>(SharedMemory());
+  LoadShared<U4>(SharedMemory() + 16);
+}
+TEST(EmuTest, MissingWait) {
+  EXPECT_HAS(ErrorOf(NoWait), "read of bytes of a copy that is still under way");
+  EXPECT_HAS(ErrorOf(NoWait), "at shared memory + 16");
+}
+
+CA_KERNEL(64, 1) WaitWithoutBarrier() {
+  CpAsync16(SharedMemory() + 16 * ThreadIndex(), kWords, true);
+  CpAsyncCommit();
+  CpAsyncWait<0>();
+  LoadShared<int>(SharedMemory() + 16 * (ThreadIndex() ^ 1));
+}
+TEST(EmuTest, WaitIsForOneThread) {
+  EXPECT_HAS(EverErrorOf(WaitWithoutBarrier), "at shared memory + ");
+}
+
+CA_KERNEL(64, 1) Copies() {
+  char* mine = SharedMemory() + 16 * ThreadIndex();
+  const bool valid = ThreadIndex() % 2 == 0;
+  const auto* nowhere = reinterpret_cast<const void*>(uintptr_t{16});  // must not be read
+  CpAsync16(mine, valid ? kWords : nowhere, valid);
+  CpAsyncCommit();
+  CpAsyncWait<0>();
+  const U4 words = LoadShared<U4>(mine);
+  if (words.x != (valid ? 1 : 0) || words.w != (valid ? 4 : 0)) LoadShared<int>(nullptr);
+}
+TEST(EmuTest, CopiesOrFillsWithZeros) { EXPECT_EQ(EverErrorOf(Copies), ""); }
+
+CA_KERNEL(64, 1) Unfenced(int* counter) { AtomicAdd(counter, 1); }
+TEST(EmuTest, AtomicWithoutFence) {
+  int counter = 0;
+  EXPECT_HAS(Launch(Unfenced, {1, 1, 1}, 32, 0, nullptr, &counter), "before any ThreadFence");
+}
+
+CA_KERNEL(32, 1) MarkBlock(int* marks) {
+  const Index3 block = BlockIndex();
+  if (LaneIndex() == 0) ++marks[block.x + 3 * (block.y + 2 * block.z)];
+}
+TEST(EmuTest, RunsEveryBlockOnce) {
+  std::vector<int> marks(30);
+  EXPECT_EQ(Launch(MarkBlock, {3, 2, 5}, 32, 0, nullptr, marks.data()), nullptr);
+  EXPECT_EQ(marks, std::vector<int>(30, 1));
+  EXPECT_NE(Launch(MarkBlock, {0, 1, 1}, 32, 0, nullptr, marks.data()), nullptr);
+}
+
 }  // namespace
 }  // namespace cachedattn::cuda
