@@ -1,11 +1,15 @@
-"""Float64 references of the ops in plain torch, and random cases to run them on."""
+"""Float64 references of the ops in plain torch, random cases to run them on, and the comparison."""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from cachedattn import ops
+
 LO_ROWS = 256
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 8e-4}
+DTYPES = list(TOLERANCE)
 
 
 def inv_freq(rotary_dim: int, theta: float = 10000.0) -> Tensor:
@@ -30,9 +34,17 @@ def rotate(
     return x
 
 
+def rope_tables(freq: Tensor, hi_rows: int, device: str) -> tuple[Tensor, Tensor]:
+    lo, hi = ops.rope_table(freq, LO_ROWS, 1), ops.rope_table(freq, hi_rows, LO_ROWS)
+    return lo.to(device), hi.to(device)
+
+
 @dataclass
 class Case:
-    """A batch for attn_paged: lengths, and the tensors made from a seed."""
+    """A batch for attn_paged: lengths, and the tensors made from a seed.
+
+    q, kv, block_table and sink_logits are on `device`; keys, values, lens and cu_q on the CPU.
+    """
 
     q_lens: list[int]
     kv_lens: list[int]
@@ -46,6 +58,7 @@ class Case:
     softcap: float = 0.0
     sinks: bool = False
     seed: int = 0
+    device: str = "cpu"
     poison: bool = True  # NaN in every place that holds no token
     keys: list[Tensor] = field(init=False)
     values: list[Tensor] = field(init=False)
@@ -61,8 +74,8 @@ class Case:
         self.freq = inv_freq(dim if self.rotary_dim is None else self.rotary_dim)
         self.keys = [randn(n, kv_heads, dim).to(self.dtype) for n in self.kv_lens]
         self.values = [randn(n, kv_heads, dim).to(self.dtype) for n in self.kv_lens]
-        self.q = randn(sum(self.q_lens), q_heads, dim).to(self.dtype)
-        self.sink_logits = randn(q_heads) if self.sinks else None
+        self.q = randn(sum(self.q_lens), q_heads, dim).to(self.device, self.dtype)
+        self.sink_logits = randn(q_heads).to(self.device) if self.sinks else None
         self.scale = dim**-0.5
         blocks = [(n + block - 1) // block for n in self.kv_lens]
         num_slots = sum(blocks) + 3
@@ -70,38 +83,38 @@ class Case:
         slab = torch.zeros(num_slots, 2, 2, kv_heads, block, dim, dtype=self.dtype)
         if self.poison:
             slab.fill_(float("nan"))
-        self.kv = slab[:, 1]
+        kv = slab[:, 1]
         slots = torch.randperm(num_slots, generator=generator).tolist()
-        self.block_table = torch.full((len(blocks), max([1, *blocks])), -1, dtype=torch.int32)
+        table = torch.full((len(blocks), max([1, *blocks])), -1, dtype=torch.int32)
         for b, count in enumerate(blocks):
             for i in range(count):
                 slot = slots.pop()
-                self.block_table[b, i] = slot
+                table[b, i] = slot
                 part = slice(i * block, min((i + 1) * block, self.kv_lens[b]))
                 used = part.stop - part.start
-                self.kv[slot, 0, :, :used] = self.keys[b][part].transpose(0, 1)
-                self.kv[slot, 1, :, :used] = self.values[b][part].transpose(0, 1)
+                kv[slot, 0, :, :used] = self.keys[b][part].transpose(0, 1)
+                kv[slot, 1, :, :used] = self.values[b][part].transpose(0, 1)
+        self.kv, self.block_table = slab.to(self.device)[:, 1], table.to(self.device)
         self.lens = torch.tensor(self.kv_lens, dtype=torch.int32)
         self.cu_q = torch.tensor([0, *self.q_lens]).cumsum(0).to(torch.int32)
 
-    def tables(self, ops) -> tuple[Tensor | None, Tensor | None]:
+    def tables(self) -> tuple[Tensor | None, Tensor | None]:
         if len(self.freq) == 0:
             return None, None
-        rows = max([1, *self.kv_lens]) // LO_ROWS + 1
-        return ops.rope_table(self.freq, LO_ROWS, 1), ops.rope_table(self.freq, rows, LO_ROWS)
+        return rope_tables(self.freq, max([1, *self.kv_lens]) // LO_ROWS + 1, self.device)
 
-    def plan(self, ops, workers: int = 2) -> Tensor:
-        return ops.attn_plan(self.cu_q, self.lens, *self.heads, self.block_size, workers)
+    def plan(self, workers: int = 2) -> Tensor:
+        plan = ops.attn_plan(self.cu_q, self.lens, *self.heads, self.block_size, workers)
+        return plan.to(self.device)
 
-    def args(self, ops) -> tuple:
-        lo, hi = self.tables(ops)
-        tensors = (self.q, self.kv, self.block_table, self.lens, self.cu_q, self.plan(ops))
-        tensors += (max(self.q_lens, default=0), lo, hi)
+    def args(self) -> tuple:
+        lens, cu_q = self.lens.to(self.device), self.cu_q.to(self.device)
+        tensors = (self.q, self.kv, self.block_table, lens, cu_q, self.plan())
         flags = (self.scale, self.interleaved, self.window, self.softcap, self.sink_logits)
-        return tensors + flags
+        return (*tensors, max(self.q_lens, default=0), *self.tables(), *flags)
 
-    def run(self, ops) -> tuple[Tensor, Tensor]:
-        return ops.attn_paged(*self.args(ops))
+    def run(self) -> tuple[Tensor, Tensor]:
+        return ops.attn_paged(*self.args())
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """out and lse in float64, by gathering, rotating and a full softmax."""
@@ -116,7 +129,8 @@ class Case:
         group = self.heads[0] // self.heads[1]
         positions = torch.arange(q_len) + kv_len - q_len
         row = int(self.cu_q[b])
-        q = rotate(self.q[row : row + q_len], positions.clamp(min=0), self.freq, self.interleaved)
+        q = self.q[row : row + q_len].cpu()
+        q = rotate(q, positions.clamp(min=0), self.freq, self.interleaved)
         k = rotate(self.keys[b], torch.arange(kv_len), self.freq, self.interleaved)
         k = k.repeat_interleave(group, dim=1)
         v = self.values[b].double().repeat_interleave(group, dim=1)
@@ -128,7 +142,7 @@ class Case:
         logits = logits.masked_fill(hidden, float("-inf"))
         empty = hidden.all(dim=1)
         if self.sink_logits is not None:
-            sink = self.sink_logits.double()[:, None, None].expand(-1, q_len, 1)
+            sink = self.sink_logits.cpu().double()[:, None, None].expand(-1, q_len, 1)
             lse = torch.cat([logits, sink], dim=2).logsumexp(2)
         else:
             lse = logits.logsumexp(2)
@@ -141,7 +155,7 @@ class Case:
         assert len(self.q_lens) == 1 and not (self.window or self.softcap or self.sinks)
         q_len, kv_len = self.q_lens[0], self.kv_lens[0]
         positions = torch.arange(kv_len)
-        q = rotate(self.q, positions[kv_len - q_len :], self.freq, self.interleaved)
+        q = rotate(self.q.cpu(), positions[kv_len - q_len :], self.freq, self.interleaved)
         k = rotate(self.keys[0], positions, self.freq, self.interleaved)
         mask = positions[kv_len - q_len :, None] >= positions
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -156,3 +170,24 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     """L2 of the difference over L2 of what is expected."""
     norm = expected.double().norm()
     return float((actual.double() - expected.double()).norm() / norm.clamp(min=1e-30))
+
+
+def check(case: Case) -> None:
+    """Runs the case and compares it with float64: as a whole, and row by row."""
+    out, lse = case.run()
+    assert out.device == lse.device == case.q.device
+    assert out.dtype == case.dtype and lse.dtype == torch.float32
+    out, lse = out.cpu(), lse.cpu()
+    expected, expected_lse = case.reference()
+    empty = expected_lse.isneginf()
+    assert torch.equal(lse.isneginf(), empty)
+    assert not out[empty].any()
+    assert relative_error(out, expected) <= TOLERANCE[case.dtype]
+    # A relative error of the whole hides a wrong row: every row on its own, with some room.
+    error = (out.double() - expected).norm(dim=2)
+    assert bool((error <= 8 * TOLERANCE[case.dtype] * expected.norm(dim=2).clamp(min=0.05)).all())
+    # Matrix units take rotated Q and K in bfloat16: 2.4e-3 of a logit's deviation, which a row of
+    # few keys shows in full; the sum over many keys averages it out.
+    rounds = case.device != "cpu" or ops.cpu_isa() == "avx512_bf16"
+    atol = 1.5e-2 if rounds and case.dtype == torch.bfloat16 else 2e-3
+    assert torch.allclose(lse[~empty].double(), expected_lse[~empty], rtol=0, atol=atol)
