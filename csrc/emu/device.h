@@ -65,6 +65,7 @@ inline float Exp2(float x) {
   return y < 0x1p-126f ? 0.f : y;
 }
 inline float Log2(float x) { return std::log2(x); }
+inline float Divide(float a, float b) { return a / b; }
 inline float Fma(float a, float b, float c) { return std::fma(a, b, c); }
 inline float Max(float a, float b) { return std::fmax(a, b); }
 inline float Infinity() { return INFINITY; }

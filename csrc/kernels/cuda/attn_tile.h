@@ -133,7 +133,7 @@ CA_DEVICE float QueryScale(const AttnParams& p) {
 // cap log2(e) tanh(x), where y = 2 log2(e) x: tanh by one exponential, exact in its limits.
 CA_DEVICE float SoftCap(float y, float softcap) {
   const float e = Exp2(y < 125.f ? y : 125.f);
-  return softcap * kLog2E * (1.f - 2.f / (1.f + e));
+  return softcap * kLog2E * (1.f - Divide(2.f, 1.f + e));
 }
 
 // ---- states ----
@@ -174,11 +174,12 @@ CA_DEVICE void StorePair(float* p, float lower, float upper) {
 }
 
 // Counts this block's split as done. True, in every thread, in the block that is the group's last:
-// it then merges. All threads of the block call it, after their writes of the state. `flag` is 4
-// bytes of shared memory.
-CA_DEVICE bool IsLastSplit(const AttnLaunch& launch, const AttnTile& t, int* flag) {
+// it then merges. All threads that `sync` is a barrier of call it, the block's first among them,
+// after their writes of the state. `flag` is 4 bytes of shared memory.
+template <typename Sync>
+CA_DEVICE bool IsLastSplit(const AttnLaunch& launch, const AttnTile& t, int* flag, Sync sync) {
   ThreadFence();
-  SyncThreads();
+  sync();
   if (ThreadIndex() == 0) {
     int* finished =
         launch.finished +
@@ -186,14 +187,17 @@ CA_DEVICE bool IsLastSplit(const AttnLaunch& launch, const AttnTile& t, int* fla
         t.row_block;
     StoreShared<int>(flag, AtomicAdd(finished, 1) + 1);
   }
-  SyncThreads();
+  sync();
   const bool last = LoadShared<int>(flag) == t.num_splits;
   ThreadFence();
   return last;
 }
+CA_DEVICE bool IsLastSplit(const AttnLaunch& launch, const AttnTile& t, int* flag) {
+  return IsLastSplit(launch, t, flag, [] { SyncThreads(); });
+}
 
-// Merges the splits of this block's rows, always in split order, and writes out and lse. All of the
-// block's threads call it; a warp takes a row at a time, a lane two dims.
+// Merges the splits of this block's rows, always in split order, and writes out and lse. The
+// block's first `num_warps` warps call it; a warp takes a row at a time, a lane two dims.
 template <typename T>
 CA_DEVICE void MergeSplits(const AttnLaunch& launch, const AttnTile& t, int num_warps) {
   const AttnParams& p = launch.p;

@@ -102,6 +102,7 @@ CA_DEVICE float Exp2(float x) {  // 2^x, relative error 2^-22; 0 for -inf
   return y;
 }
 CA_DEVICE float Log2(float x) { return __log2f(x); }
+CA_DEVICE float Divide(float a, float b) { return __fdividef(a, b); }  // 2 ulp; |b| < 2^126
 CA_DEVICE float Fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 CA_DEVICE float Max(float a, float b) { return fmaxf(a, b); }
 CA_DEVICE float Infinity() { return __int_as_float(0x7f800000); }

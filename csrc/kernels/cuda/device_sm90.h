@@ -11,7 +11,9 @@
 namespace cachedattn::cuda {
 
 // Byte offset of 16-byte chunk `chunk` (0..7) of row `row` in a swizzled tile of 128-byte rows.
-constexpr int SwizzledOffset(int row, int chunk) { return row * 128 + (chunk ^ (row % 8)) * 16; }
+CA_DEVICE constexpr int SwizzledOffset(int row, int chunk) {
+  return row * 128 + (chunk ^ (row % 8)) * 16;
+}
 
 }  // namespace cachedattn::cuda
 
