@@ -25,6 +25,7 @@ bool Block::Run(void (*body)(const void*), const void* context, Index3 index, in
   for (Warp& warp : warps_) warp.runnable = kAllLanes, warp.order = Random() & 31;
   barriers_.fill({});
   shared_.Reset(shared_bytes, threads / 32);
+  hopper_.Reset(threads / 32);
   current_ = static_cast<int>(Random() % threads);
   threads_[current_].started = true;
   SwitchFiber(MainFiber(), *threads_[current_].fiber, false);
@@ -73,20 +74,25 @@ void Block::SwitchTo(int thread, bool ends) {
   if (failed_) EndThread();
 }
 
-int Block::PickNext() {
-  const int now = current_ / 32;
+int Block::PickWarp() {
+  if (warps_[current_ / 32].runnable != 0) return current_ / 32;
+  if (!hopper_.copies.empty() && Random() % 2 == 0) hopper_.Progress();
   int chosen = -1, seen = 0;
-  if (warps_[now].runnable != 0) {
-    chosen = now;
-  } else {
+  do {
     for (int i = 0; i < static_cast<int>(warps_.size()); ++i) {
       if (warps_[i].runnable != 0 && Random() % ++seen == 0) chosen = i;
     }
-  }
+  } while (chosen < 0 && hopper_.Progress());
+  return chosen;
+}
+
+int Block::PickNext() {
+  const int chosen = PickWarp();
   if (chosen < 0) {
     for (const Thread& thread : threads_) {
       if (!thread.ended) FailDeadlock();
     }
+    hopper_.CheckEnd();
     return -1;
   }
   // The first runnable lane in the warp's order.

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "csrc/emu/fiber.h"
+#include "csrc/emu/hopper.h"
 #include "csrc/emu/shared_space.h"
 #include "csrc/kernels/cuda/device.h"
 
@@ -75,8 +76,8 @@ class Block {
   Thread& self() { return threads_[current_]; }
   Warp& warp() { return warps_[current_ / 32]; }
   SharedSpace& shared() { return shared_; }
+  HopperState& hopper() { return hopper_; }
   uint64_t Random();
-  bool Coin() { return Random() >> 63; }
 
   // Ends the block with an error, that of the current thread. Nothing on its stack is destroyed:
   // kernels and device functions must own no memory when they call it.
@@ -110,7 +111,8 @@ class Block {
   bool Arrive(const char* name, uint64_t key, void* args, const Location& at);
   void SuspendWarp(const char* waits_for, const Location& at);
   void SwitchTo(int thread, bool ends);
-  // The thread to run next; -1 when all have ended.
+  // The warp and the thread to run next; -1 when none can, when all have ended.
+  int PickWarp();
   int PickNext();
   [[noreturn]] void FailDeadlock();
   void Describe(int thread, const Location& at, const char* format, va_list args);
@@ -126,6 +128,7 @@ class Block {
   std::vector<Warp> warps_;
   std::array<NamedBarrier, 16> barriers_;
   SharedSpace shared_;
+  HopperState hopper_;
 };
 
 // The block that runs; blocks of a grid run one after the other, in one host thread at a time.

@@ -19,6 +19,7 @@ void SharedSpace::Reset(int bytes, int num_warps) {
   writers_.assign(bytes / 2, {});
   clocks_.assign(num_warps, {});
   lanes_synced_.assign(num_warps, 0);
+  pins_.assign((bytes + 15) / 16, 0);
   fences_.assign(num_warps * 32, 0);
   engine_clock_ = 0;
 }
@@ -53,7 +54,9 @@ void SharedSpace::CheckOrder(int offset, int bytes, bool as_lane, const Location
   const Writer* before = nullptr;
   for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
     const Writer& writer = writers_[i];
-    if (states_[i] != kWritten || (before != nullptr && *before == writer)) continue;
+    if (states_[i] == kUnwritten || states_[i] == kInFlight ||
+        (before != nullptr && *before == writer))
+      continue;
     before = &writer;
     if (as_lane && writer.thread == thread) continue;
     const int source = writer.thread == kEngine ? kAsync : writer.thread / 32;
@@ -88,22 +91,27 @@ void SharedSpace::CheckProxyFence(int offset, int bytes, const Location& at) {
   }
 }
 
-void SharedSpace::Write(void* p, int bytes, const Location& at) {
-  const int offset = Offset(p, bytes, at);
+void SharedSpace::CheckWrite(int offset, int bytes, const char* access, const Location& at) {
   for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
-    if (states_[i] > kWritten) FailState(2 * i, "write", at);
+    if (states_[i] > kWritten) FailState(2 * i, access, at);
+  }
+  for (int i = offset / 16; i <= (offset + bytes - 1) / 16; ++i) {
+    if (pins_[i] > 0) {
+      block.Fail(at, "%s of shared memory + %d, which a wgmma under way reads", access, 16 * i);
+    }
   }
   CheckOrder(offset, bytes, true, at);
+}
+
+void SharedSpace::Write(void* p, int bytes, const Location& at) {
+  CheckWrite(Offset(p, bytes, at), bytes, "write", at);
   EndCopy(p, bytes, block.thread());
 }
 
 void SharedSpace::BeginCopy(void* p, int bytes, Access access, const Location& at) {
   const int offset = Offset(p, bytes, at);
-  for (int i = offset / 2; i < (offset + bytes) / 2; ++i) {
-    if (states_[i] > kWritten) FailState(2 * i, "asynchronous write", at);
-  }
+  CheckWrite(offset, bytes, "asynchronous write", at);
   if (access == Access::kAsyncProxy) CheckProxyFence(offset, bytes, at);
-  CheckOrder(offset, bytes, true, at);
   std::fill_n(&states_[offset / 2], bytes / 2, kInFlight);
 }
 
@@ -117,12 +125,15 @@ void SharedSpace::EndCopy(void* p, int bytes, int thread) {
   std::fill_n(&writers_[offset / 2], bytes / 2, writer);
 }
 
-void SharedSpace::SetBarrier(void* p, const Location& at) {
+void SharedSpace::SetBarrier(const void* p, const Location& at) {
   const int offset = Offset(p, 8, at);
-  for (int i = 0; i < 4; ++i) {
-    if (states_[offset / 2 + i] > kWritten) FailState(offset, "MbarrierInit", at);
-  }
+  CheckWrite(offset, 8, "MbarrierInit", at);
+  EndCopy(data_ + offset, 8, block.thread());
   std::fill_n(&states_[offset / 2], 4, kBarrier);
+}
+
+void SharedSpace::CheckBarrier(const void* p, const Location& at) {
+  CheckOrder(Offset(p, 8, at), 8, true, at);
 }
 
 void SharedSpace::SyncLanes(int warp) { lanes_synced_[warp] = ++clocks_[warp][warp]; }

@@ -44,8 +44,12 @@ class SharedSpace {
   static constexpr int kEngine = 0xffff;
   void BeginCopy(void* p, int bytes, Access access, const std::source_location& at);
   void EndCopy(void* p, int bytes, int thread);
-  // The 8 bytes at p are (not) an mbarrier.
-  void SetBarrier(void* p, const std::source_location& at);
+  // The 8 bytes at p are an mbarrier from now on; the current thread uses it.
+  void SetBarrier(const void* p, const std::source_location& at);
+  void CheckBarrier(const void* p, const std::source_location& at);
+  // From Pin to Unpin nobody may write the 16 bytes at `address`.
+  void Pin(uint32_t address) { ++pins_[(address - kFirstAddress) / 16]; }
+  void Unpin(uint32_t address) { --pins_[(address - kFirstAddress) / 16]; }
 
   // ---- order ----
 
@@ -66,6 +70,7 @@ class SharedSpace {
 
   int Offset(const void* p, int bytes, const std::source_location& at);
   void CheckOrder(int offset, int bytes, bool as_lane, const std::source_location& at);
+  void CheckWrite(int offset, int bytes, const char* access, const std::source_location& at);
   void CheckProxyFence(int offset, int bytes, const std::source_location& at);
   [[noreturn]] void FailState(int offset, const char* access, const std::source_location& at);
 
@@ -74,6 +79,7 @@ class SharedSpace {
   int bytes_ = 0;
   std::vector<uint8_t> states_;  // of each 2 bytes
   std::vector<Writer> writers_;  // of each 2 bytes
+  std::vector<uint16_t> pins_;   // of each 16 bytes
   std::vector<VectorClock> clocks_;
   std::vector<uint32_t> lanes_synced_;  // of each warp, its clock at the last SyncLanes
   std::vector<uint16_t> fences_;        // of each thread, FenceProxyAsync calls
