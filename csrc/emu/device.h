@@ -44,6 +44,9 @@ void StoreShared(void* p, V value, CA_HERE) {
   *static_cast<V*>(p) = value;
 }
 
+inline int Here(int x) { return x; }
+inline float Here(float x) { return x; }
+
 // ---- barriers, shuffles, atomics ----
 
 void SyncThreads(CA_HERE);
