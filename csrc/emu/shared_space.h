@@ -41,7 +41,7 @@ class SharedSpace {
   void Write(void* p, int bytes, const std::source_location& at);
   // An asynchronous copy: from Begin to End nobody may touch the bytes. They are then the writes of
   // `thread`, or of the copy engine (kEngine).
-  static constexpr int kEngine = 0xffff;
+  static constexpr int kEngine = 0xfff;
   void BeginCopy(void* p, int bytes, Access access, const std::source_location& at);
   void EndCopy(void* p, int bytes, int thread);
   // The 8 bytes at p are an mbarrier from now on; the current thread uses it.
@@ -60,26 +60,29 @@ class SharedSpace {
   void FenceProxy(int thread) { ++fences_[thread]; }
 
  private:
-  enum State : uint8_t { kUnwritten, kWritten, kInFlight, kBarrier };
-  struct Writer {
-    uint16_t thread, fence;
-    uint32_t clock;
-    bool operator==(const Writer&) const = default;
+  enum State { kUnwritten, kWritten, kInFlight, kBarrier };
+  // What is known of 2 bytes: who wrote them last, at which time of its warp's clock and after how
+  // many of its calls of FenceProxyAsync.
+  struct Granule {
+    uint64_t clock : 32, fence : 16, thread : 12, state : 4;
+    bool operator==(const Granule&) const = default;
   };
   static constexpr uint32_t kFirstAddress = 1024;
 
   int Offset(const void* p, int bytes, const std::source_location& at);
-  void CheckOrder(int offset, int bytes, bool as_lane, const std::source_location& at);
-  void CheckWrite(int offset, int bytes, const char* access, const std::source_location& at);
-  void CheckProxyFence(int offset, int bytes, const std::source_location& at);
-  [[noreturn]] void FailState(int offset, const char* access, const std::source_location& at);
+  // Of one granule, for CheckRead and CheckWrite.
+  void CheckGranule(int i, bool reads, Access access, const std::source_location& at);
+  void CheckOrder(int i, Access access, const std::source_location& at);
+  void CheckGranules(int offset, int bytes, bool reads, Access access,
+                     const std::source_location& at);
+  void CheckWrite(int offset, int bytes, Access access, const std::source_location& at);
+  void Set(int offset, int bytes, State state, int thread);
 
   std::unique_ptr<char[]> memory_;
   char* data_;  // aligned to 1024
   int bytes_ = 0;
-  std::vector<uint8_t> states_;  // of each 2 bytes
-  std::vector<Writer> writers_;  // of each 2 bytes
-  std::vector<uint16_t> pins_;   // of each 16 bytes
+  std::vector<Granule> granules_;  // of each 2 bytes
+  std::vector<uint16_t> pins_;     // of each 16 bytes
   std::vector<VectorClock> clocks_;
   std::vector<uint32_t> lanes_synced_;  // of each warp, its clock at the last SyncLanes
   std::vector<uint16_t> fences_;        // of each thread, FenceProxyAsync calls
