@@ -74,7 +74,7 @@ CA_DEVICE AttnTile MakeTile(const AttnLaunch& launch, int row_tile) {
   // Causal: the last row sees keys up to its own position. Window: the first row looks furthest
   // back.
   const int last = t.Position(t.num_rows - 1) + 1;
-  const int first = p.window > 0 ? t.Position(0) - p.window + 1 : 0;
+  const int first = p.window > 0 && p.window < last ? t.Position(0) - p.window + 1 : 0;
   t.kv_begin = item.kv_begin;
   if (first > t.kv_begin) t.kv_begin = AlignDownToTile(first);
   t.kv_end = last < item.kv_end ? last : item.kv_end;
@@ -84,7 +84,8 @@ CA_DEVICE AttnTile MakeTile(const AttnLaunch& launch, int row_tile) {
 // Keys that `row` of the tile attends to, [begin, end); empty where end <= begin.
 CA_DEVICE Index3 KeyLimits(const AttnLaunch& launch, const AttnTile& t, int row) {
   const int position = t.Position(row);
-  const int begin = launch.p.window > 0 ? position - launch.p.window + 1 : 0;
+  const int window = launch.p.window;
+  const int begin = window > 0 && window <= position ? position - window + 1 : 0;
   const int end = position + 1 < t.kv_end ? position + 1 : t.kv_end;
   return {begin, end, 0};
 }

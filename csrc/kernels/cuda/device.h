@@ -73,6 +73,17 @@ CA_DEVICE void StoreShared(void* p, V value) {
   *static_cast<V*>(p) = value;
 }
 
+// The same value. What follows from it is computed here, each time, and not kept in registers from
+// before a loop: for kernels that have none to spare.
+CA_DEVICE int Here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+CA_DEVICE float Here(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+
 // ---- barriers, shuffles, atomics ----
 
 CA_DEVICE void SyncThreads() { __syncthreads(); }
