@@ -1,6 +1,7 @@
 // CudaAttnPaged: which kernel takes which plan items, and the workspace they share.
 #include <algorithm>
 
+#include "csrc/kernels/cuda/attn_hopper.h"
 #include "csrc/kernels/cuda/attn_kernels.h"
 #include "csrc/kernels/cuda/launch.h"
 
@@ -49,7 +50,11 @@ KernelUses ChooseKernels(const AttnParams& p, int64_t max_q_len) {
   if (GroupOf(p) <= few) {
     chosen.uses[chosen.count++] = {cuda::LaunchDecode, cuda::kDecodeRows, 0, std::min(few, most)};
   }
-  if (most > few) chosen.uses[chosen.count++] = {cuda::LaunchPlain, cuda::kPlainRows, few, most};
+  if (most > few && cuda::ComputeCapability() == 90 && cuda::HopperTakes(p)) {
+    chosen.uses[chosen.count++] = {cuda::LaunchHopper, cuda::kHopperRows, few, most};
+  } else if (most > few) {
+    chosen.uses[chosen.count++] = {cuda::LaunchExtend, cuda::ExtendRows(p.kv.head_dim), few, most};
+  }
   return chosen;
 }
 
@@ -58,8 +63,8 @@ int RowBlocks(const KernelUse& use) { return (use.max_rows + use.row_tile - 1) /
 int64_t NumItems(const AttnParams& p) { return (p.plan_size - kPlanHeaderWords) / kPlanItemWords; }
 
 // Counters of finished splits.
-int64_t CounterBytes(const AttnParams& p, const KernelUse& use) {
-  return NumItems(p) * p.kv.num_kv_heads * RowBlocks(use) * int64_t{sizeof(int)};
+int64_t CounterBytes(const AttnParams& p, int row_blocks) {
+  return NumItems(p) * p.kv.num_kv_heads * row_blocks * int64_t{sizeof(int)};
 }
 
 // States of splits.
@@ -71,20 +76,20 @@ int64_t PartialBytes(const AttnParams& p) {
 }  // namespace
 
 int64_t CudaAttnWorkspaceBytes(const AttnParams& params) {
-  const KernelUses chosen = ChooseKernels(params, params.num_rows);
-  int64_t bytes = PartialBytes(params);
-  for (int i = 0; i < chosen.count; ++i) bytes += CounterBytes(params, chosen.uses[i]);
-  return bytes;
+  // Whichever kernels are chosen: the decode kernel's row blocks, and those of the smallest tile.
+  constexpr int kDecodeBlocks = cuda::kMaxDecodeItemRows / cuda::kDecodeRows;
+  const KernelUse smallest = {nullptr, cuda::kPlainRows, 0, MaxItemRows(params, params.num_rows)};
+  return PartialBytes(params) + CounterBytes(params, kDecodeBlocks + RowBlocks(smallest));
 }
 
 const char* CudaAttnPaged(const AttnParams& params, int max_q_len, void* workspace, void* stream) {
   const int num_items = static_cast<int>(NumItems(params));
   if (num_items == 0) return nullptr;
   const KernelUses chosen = ChooseKernels(params, max_q_len);
+  int row_blocks = 0;
+  for (int i = 0; i < chosen.count; ++i) row_blocks += RowBlocks(chosen.uses[i]);
   char* counters = static_cast<char*>(workspace) + PartialBytes(params);
-  int64_t counter_bytes = 0;
-  for (int i = 0; i < chosen.count; ++i) counter_bytes += CounterBytes(params, chosen.uses[i]);
-  const char* error = cuda::ZeroMemory(counters, counter_bytes, stream);
+  const char* error = cuda::ZeroMemory(counters, CounterBytes(params, row_blocks), stream);
   for (int i = 0; i < chosen.count && error == nullptr; ++i) {
     const KernelUse& use = chosen.uses[i];
     const cuda::AttnLaunch launch = {params,
@@ -94,7 +99,7 @@ const char* CudaAttnPaged(const AttnParams& params, int max_q_len, void* workspa
                                      use.min_rows,
                                      use.max_rows};
     error = use.launch(launch, num_items, stream);
-    counters += CounterBytes(params, use);
+    counters += CounterBytes(params, RowBlocks(use));
   }
   return error;
 }

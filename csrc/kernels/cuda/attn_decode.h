@@ -44,8 +44,7 @@ struct DecodeShared {
   // 4 floats of padding: the lanes of a warp, 8 dims of 4 rows, meet all banks.
   static constexpr int kStateRow = kDim + 4;
   static constexpr int kRowStates = kDecodeWarps * kDecodeRows * kStateRow * sizeof(float);
-  static constexpr int kFlag = kRowStates + kDecodeWarps * kDecodeRows * sizeof(F2);
-  static_assert(kFlag + 4 <= kAngles);
+  static_assert(kRowStates + kDecodeWarps * kDecodeRows * sizeof(F2) <= kAngles);
 };
 
 // ---- angles ----
@@ -389,8 +388,10 @@ DecodeKernel(CA_GRID_CONSTANT AttnLaunch launch) {
     FinishRow<T, kDim>(launch, tile, row);
   }
   if (tile.num_splits == 1) return;
-  int* flag = reinterpret_cast<int*>(SharedMemory() + DecodeShared<kDim>::kFlag);
-  if (IsLastSplit(launch, tile, flag)) MergeSplits<T>(launch, tile, kDecodeWarps);
+  // The warps' states are no longer needed: their place serves as the flag.
+  if (IsLastSplit(launch, tile, reinterpret_cast<int*>(SharedMemory()))) {
+    MergeSplits<T>(launch, tile, kDecodeWarps);
+  }
 }
 
 }  // namespace cachedattn::cuda

@@ -14,20 +14,21 @@ constexpr int kWarpRows = kPlainRows / kWarps;
 constexpr int kKeys = 32;
 constexpr int kMaxDim = 256;
 
-// Shared memory in floats: q [16][D], k [32][D + 1], v [32][D], p [16][32], 84 KB at D = 256. The
-// lanes of a warp read a column of k at once: an odd width spreads it over all banks.
+// Shared memory in floats: q [16][D], k [32][D + 4], v [32][D], p [warp][32 keys][4 rows], 84 KB at
+// D = 256. The lanes of a warp read 16 bytes of their own k rows at once: D + 4 spreads them over
+// all banks.
 struct PlainShared {
   int dim;
   CA_DEVICE float* Query(int row) const { return At(row * dim); }
-  CA_DEVICE float* Key(int key) const { return At(kPlainRows * dim + key * (dim + 1)); }
-  CA_DEVICE float* Value(int key) const { return At((kPlainRows + kKeys + key) * dim + kKeys); }
-  CA_DEVICE float* Weight(int row) const {
-    return At((kPlainRows + 2 * kKeys) * dim + kKeys + row * kKeys);
+  CA_DEVICE float* Key(int key) const { return At(kPlainRows * dim + key * (dim + 4)); }
+  CA_DEVICE float* Value(int key) const { return At((kPlainRows + kKeys + key) * dim + 4 * kKeys); }
+  CA_DEVICE float* Weights(int warp, int key) const {
+    return At((kPlainRows + 2 * kKeys) * dim + 4 * kKeys + (warp * kKeys + key) * kWarpRows);
   }
   CA_DEVICE float* At(int i) const { return reinterpret_cast<float*>(SharedMemory()) + i; }
 };
 constexpr int PlainBytes(int dim) {
-  return 4 * ((kPlainRows + 2 * kKeys) * dim + kKeys + kPlainRows * kKeys);
+  return 4 * ((kPlainRows + 2 * kKeys) * dim + 4 * kKeys + kPlainRows * kKeys);
 }
 
 CA_DEVICE float LoadElement(const float* p) { return *p; }
@@ -54,7 +55,11 @@ template <typename T>
 CA_DEVICE void LoadQueries(const AttnParams& p, const AttnTile& tile, PlainShared shared) {
   const int pairs = shared.dim / 2;
   const float scale = QueryScale(p);
-  for (int i = ThreadIndex(); i < tile.num_rows * pairs; i += 32 * kWarps) {
+  for (int i = ThreadIndex(); i < kPlainRows * pairs; i += 32 * kWarps) {
+    if (i >= tile.num_rows * pairs) {  // rows that are not there
+      StoreShared<F2>(shared.At(2 * i), {0.f, 0.f});
+      continue;
+    }
     const int row = i / pairs, position = tile.Position(row);
     // A row before the context attends to nothing: any angle will do.
     LoadPair(p.rope, static_cast<const T*>(p.q) + QueryOffset(p, tile, row), i % pairs,
@@ -92,38 +97,59 @@ struct RowState {
   F2 o[kMaxDim / 64] = {};
 };
 
-// Adds the keys at `begin`, of which `count` were loaded, to the state of `row`.
-CA_DEVICE void AttendKeys(const AttnLaunch& launch, const AttnTile& tile, int row, int begin,
-                          int count, PlainShared shared, RowState* state) {
-  const int lane = LaneIndex(), key = begin + lane;
-  const Index3 limits = KeyLimits(launch, tile, row);
-  float logit = -Infinity();
-  if (lane < count && key >= limits.x && key < limits.y) {
-    logit = 0.f;
-    for (int d = 0; d < shared.dim; ++d) {
-      logit = Fma(LoadShared<float>(shared.Query(row) + d), LoadShared<float>(shared.Key(lane) + d),
-                  logit);
-    }
-    if (launch.p.softcap > 0.f) logit = SoftCap(logit, launch.p.softcap);
-  }
+CA_DEVICE float Dot(F4 x, F4 y, float sum) {
+  return Fma(x.x, y.x, Fma(x.y, y.y, Fma(x.z, y.z, Fma(x.w, y.w, sum))));
+}
+
+// Turns the logits of a row (a key each lane) into weights, and shrinks its state to the new peak.
+CA_DEVICE float Softmax(float logit, RowState* state) {
   const float peak = Max(state->m, WarpMax(logit));
-  if (peak == -Infinity()) return;  // no key so far, for the whole warp
-  const float weight = Exp2(logit - peak), keep = Exp2(state->m - peak);
+  const float shift = peak == -Infinity() ? 0.f : peak;  // no key so far: all weights are 0
+  const float weight = Exp2(logit - shift), keep = Exp2(state->m - shift);
   state->m = peak;
   state->l = state->l * keep + WarpSum(weight);
-  StoreShared<float>(shared.Weight(row) + lane, weight);
+  CA_UNROLL
+  for (int j = 0; j < kMaxDim / 64; ++j) {
+    state->o[j] = {state->o[j].x * keep, state->o[j].y * keep};
+  }
+  return weight;
+}
+
+// Adds the keys at `begin`, of which `count` were loaded, to the states of the warp's rows.
+CA_DEVICE void AttendKeys(const AttnLaunch& launch, const AttnTile& tile, int begin, int count,
+                          PlainShared shared, RowState (&states)[kWarpRows]) {
+  const int lane = LaneIndex(), warp = ThreadIndex() / 32;
+  float s[kWarpRows] = {};
+  for (int d = 0; lane < count && d < shared.dim; d += 4) {
+    const F4 k = LoadShared<F4>(shared.Key(lane) + d);
+    CA_UNROLL
+    for (int i = 0; i < kWarpRows; ++i) {
+      s[i] = Dot(LoadShared<F4>(shared.Query(warp * kWarpRows + i) + d), k, s[i]);
+    }
+  }
+  CA_UNROLL
+  for (int i = 0; i < kWarpRows; ++i) {
+    const int row = warp * kWarpRows + i;
+    const Index3 limits = row < tile.num_rows ? KeyLimits(launch, tile, row) : Index3{0, 0, 0};
+    if (launch.p.softcap > 0.f) s[i] = SoftCap(s[i], launch.p.softcap);
+    if (begin + lane < limits.x || begin + lane >= limits.y) s[i] = -Infinity();
+    s[i] = Softmax(s[i], &states[i]);
+  }
+  StoreShared<F4>(shared.Weights(warp, lane), {s[0], s[1], s[2], s[3]});
   SyncWarp();
   CA_UNROLL
   for (int j = 0; j < kMaxDim / 64; ++j) {
     const int d = 2 * lane + 64 * j;
-    if (d >= shared.dim) break;
-    F2 sum = {state->o[j].x * keep, state->o[j].y * keep};
-    for (int k = 0; k < count; ++k) {
-      const float w = LoadShared<float>(shared.Weight(row) + k);
+    for (int k = 0; d < shared.dim && k < count; ++k) {
+      const F4 w = LoadShared<F4>(shared.Weights(warp, k));
       const F2 v = LoadShared<F2>(shared.Value(k) + d);
-      sum = {Fma(w, v.x, sum.x), Fma(w, v.y, sum.y)};
+      const float weights[kWarpRows] = {w.x, w.y, w.z, w.w};
+      CA_UNROLL
+      for (int i = 0; i < kWarpRows; ++i) {
+        F2& o = states[i].o[j];
+        o = {Fma(weights[i], v.x, o.x), Fma(weights[i], v.y, o.y)};
+      }
     }
-    state->o[j] = sum;
   }
 }
 
@@ -171,18 +197,14 @@ PlainKernel(CA_GRID_CONSTANT AttnLaunch launch) {
     SyncThreads();  // the previous keys are no longer needed
     LoadKeys<T>(launch.p, tile, begin, count, shared);
     SyncThreads();
-    CA_UNROLL
-    for (int i = 0; i < kWarpRows; ++i) {
-      if (first_row + i >= tile.num_rows) break;
-      AttendKeys(launch, tile, first_row + i, begin, count, shared, &states[i]);
-    }
+    AttendKeys(launch, tile, begin, count, shared, states);
   }
   CA_UNROLL
   for (int i = 0; i < kWarpRows; ++i) {
     if (first_row + i < tile.num_rows) StoreRow<T>(launch, tile, first_row + i, states[i]);
   }
   if (tile.num_splits == 1) return;
-  SyncThreads();  // the keys' place serves as the flag
+  // No warp needs q any longer then: its place serves as the flag.
   if (IsLastSplit(launch, tile, reinterpret_cast<int*>(SharedMemory()))) {
     MergeSplits<T>(launch, tile, kWarps);
   }
