@@ -31,7 +31,7 @@ bool HopperState::Progress() {
   std::swap(copies[block.Random() % copies.size()], copies.back());
   const TensorCopy copy = copies.back();
   copies.pop_back();
-  const cuda::TensorMap& map = *copy.map;
+  const cuda::TensorMap& map = copy.map;
   const uint32_t start = block.shared().AddressOf(copy.shared, Location::current());
   const int rows = map.box[1] * map.box[2] * map.box[3] * map.box[4];
   for (int row = 0; row < rows; ++row) {
@@ -123,7 +123,7 @@ void TmaLoad5(void* shared, const TensorMap* map, uint64_t* barrier, int c0, int
                              at);
   }
   block.hopper().copies.push_back(
-      {static_cast<char*>(shared), map, barrier, {c0, c1, c2, c3, c4}, block.thread()});
+      {static_cast<char*>(shared), *map, barrier, {c0, c1, c2, c3, c4}});
 }
 
 }  // namespace cachedattn::cuda

@@ -28,10 +28,9 @@ struct Mbarrier {
 
 struct TensorCopy {
   char* shared;
-  const cuda::TensorMap* map;
+  cuda::TensorMap map;  // the kernel's parameter outlives its threads on a GPU
   uint64_t* barrier;
   std::array<int, 5> at;
-  int thread;
 };
 
 // The sums of wgmma operations under way, in a warp: where they are to land, and what they are.
