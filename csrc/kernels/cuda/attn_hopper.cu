@@ -61,26 +61,37 @@ CA_DEVICE void LoadQuery(const AttnParams& p, const AttnTile& t, uint32_t (&q)[D
   }
 }
 
-// Begins s [64, 64] = q K^T. Depth advances by 16 dims, 32 bytes of a row, and by columns of 64.
+// A descriptor counts addresses in units of 16 bytes, in its lowest bits, which a tile does not
+// overflow: moves it on by `bytes`.
+CA_DEVICE uint64_t Advance(uint64_t descriptor, int bytes) {
+  const uint32_t lower = static_cast<uint32_t>(descriptor) + bytes / 16;
+  return (descriptor >> 32 << 32) | lower;
+}
+
+// Begins s [64, 64] = q K^T. K is K-major: 8 keys are 1024 bytes. Depth advances by 16 dims, 32
+// bytes of a row, four times in a column of 64.
 template <typename T, int D>
 CA_DEVICE void BeginLogits(float (&s)[32], uint32_t (&q)[D / 16][4], const char* k_tile) {
+  constexpr int kUnused = 16;
+  const uint64_t tile = WgmmaDescriptor(k_tile, kUnused, 8 * 128);
   WgmmaFence();
   CA_UNROLL
   for (int k = 0; k < D / 16; ++k) {
-    const char* place = k_tile + k / 4 * kColumnBytes + k % 4 * 32;
-    WgmmaRegisters<T, 64, false>(s, q[k], WgmmaDescriptor(place, 16, 8 * 128), k > 0);
+    const uint64_t dims = Advance(tile, k / 4 * kColumnBytes + k % 4 * 32);
+    WgmmaRegisters<T, 64, false>(s, q[k], dims, k > 0);
   }
   WgmmaCommit();
 }
 
-// Begins o [64, D] += weights V. Depth advances by 16 keys, 16 rows of 128 bytes.
+// Begins o [64, D] += weights V. V is MN-major: 8 keys are 1024 bytes, 64 dims a column. Depth
+// advances by 16 keys.
 template <typename T, int D>
 CA_DEVICE void BeginOutput(float (&o)[D / 2], uint32_t (&weights)[4][4], const char* v_tile) {
+  const uint64_t tile = WgmmaDescriptor(v_tile, kColumnBytes, 8 * 128);
   WgmmaFence();
   CA_UNROLL
   for (int k = 0; k < 4; ++k) {
-    const char* place = v_tile + k * 16 * 128;
-    WgmmaRegisters<T, D, true>(o, weights[k], WgmmaDescriptor(place, kColumnBytes, 8 * 128), true);
+    WgmmaRegisters<T, D, true>(o, weights[k], Advance(tile, k * 16 * 128), true);
   }
   WgmmaCommit();
 }
@@ -217,6 +228,7 @@ CA_DEVICE void AttendTiles(const AttnParams& p, const AttnTile& t, uint32_t (&q)
   PinRegisters(s);
   Block::ArriveWarp(kKEmpty, 0);
   Weigh(p, t.kv_begin, s, rows, keep);
+  Block::Wait(kVFull, 0);
   PackWeights<T>(s, weights);
   for (int n = 1; n < tiles; ++n) {
     Block::Wait(kKReady, n);
@@ -224,12 +236,15 @@ CA_DEVICE void AttendTiles(const AttnParams& p, const AttnTile& t, uint32_t (&q)
     PinRegisters(o);
     PinWeights(weights);
     BeginLogits<T, D>(s, q, Block::K(n));
-    Block::Wait(kVFull, n - 1);
     BeginOutput<T, D>(o, weights, Block::V(n - 1));
     WgmmaWait<1>();  // the logits
     PinRegisters(s);
     Block::ArriveWarp(kKEmpty, n);
     Weigh(p, t.kv_begin + n * kKeyTile, s, rows, keep);
+    PinRegisters(s);
+    // Here, not where V is needed: its branch keeps the assembler from moving the next wait up,
+    // before the weights, when the tensor cores would run out of work.
+    Block::Wait(kVFull, n);
     WgmmaWait<0>();  // the output
     PinRegisters(o);
     PinWeights(weights);
@@ -240,7 +255,6 @@ CA_DEVICE void AttendTiles(const AttnParams& p, const AttnTile& t, uint32_t (&q)
     }
     PackWeights<T>(s, weights);
   }
-  Block::Wait(kVFull, tiles - 1);
   PinRegisters(o);
   PinWeights(weights);
   BeginOutput<T, D>(o, weights, Block::V(tiles - 1));

@@ -49,14 +49,15 @@ struct Shared {
   static_assert(kBytes <= 227 << 10, "more than a multiprocessor has");
 
   // Of the n-th tile of the block.
-  static CA_DEVICE char* K(int n) { return SharedMemory() + n % kStages * kTileBytes; }
+  static CA_DEVICE int Stage(uint32_t n) { return n % kStages; }
+  static CA_DEVICE char* K(int n) { return SharedMemory() + Stage(n) * kTileBytes; }
   static CA_DEVICE char* V(int n) { return K(n) + kStages * kTileBytes; }
   static CA_DEVICE uint64_t* At(Barrier barrier, int n) {
-    return reinterpret_cast<uint64_t*>(SharedMemory() + kBarriersAt) + barrier * kStages +
-           n % kStages;
+    char* barriers = SharedMemory() + kBarriersAt;
+    return reinterpret_cast<uint64_t*>(barriers) + barrier * kStages + Stage(n);
   }
   static CA_DEVICE void Wait(Barrier barrier, int n) {
-    MbarrierWait(At(barrier, n), n / kStages % 2);
+    MbarrierWait(At(barrier, n), static_cast<uint32_t>(n) / kStages % 2);
   }
   // Until the tile that had the stage of tile n before it is done with.
   static CA_DEVICE void WaitEmpty(Barrier barrier, int n) {
@@ -129,6 +130,7 @@ template <int D>
 CA_DEVICE void Produce(const AttnParams& p, const AttnTile& t, const TensorMap* map, int tokens) {
   using Block = Shared<D>;
   const int tiles = NumTiles(t);
+  PrefetchTensorMap(map);
   int slots[kMaxBoxes];
   FindSlots(p, t, tokens, t.kv_begin, slots);
   for (int n = 0; n < tiles; ++n) {
