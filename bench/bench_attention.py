@@ -1,125 +1,237 @@
-"""attn_paged against torch SDPA on the same inputs.
+"""attn_paged beside the best that others offer, on identical inputs, and beside the limit.
 
-Torch is charged the RoPE pass over K that post-load rotation implies. `torch` is its best way:
-decode folds the GQA group into the query rows, other phases use enable_gqa. Outputs are compared
-before anything is timed. Prints a table, or with --json one object per line.
+    python bench/bench_attention.py                          about three minutes on two threads
+    python bench/bench_attention.py --list --full            all cases of this device
+    python bench/bench_attention.py --case decode/b1/8192 --seconds 5
+    python bench/bench_attention.py --case extend/b2/5000+30/qwen --peer torch
+    python bench/bench_attention.py --vllm SITE_PACKAGES/vllm --llama-cpp SITE_PACKAGES/llama_cpp
+    python bench/bench_attention.py --json > attention.jsonl
+    python bench/bench_attention.py --markdown attention.jsonl
+
+Peers on CPU, all in this process: torch SDPA after a RoPE pass over K ("torch": the fastest of
+several formulations, written without temporaries; "torch-compiled": its RoPE by torch.compile;
+"torch-naive"), and the attention alone, on K rotated before, of vLLM (its extension's ops) and of
+llama.cpp (flash attention of libggml). On a GPU: torch SDPA (flash, cuDNN), FlashInfer, flash-attn.
+A peer that reads rotated K is compared with our kernel on rotated K, and once more, with a RoPE
+pass over K added to its time, with our kernel that rotates.
+
+Every output is compared with ours before anything is timed. Times are medians of runs taken in
+turn. KV comes in several sets taken in turn, larger together than the last cache. The limit is the
+larger of KV bytes by the read rate and operations by the arithmetic peak, both measured beside each
+case. ratio_to_peer is the peer's time by ours: above 1 we are faster.
 """
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+from attention.cases import PHASES, SHAPES, Case, Inputs, all_cases, is_default, named
+from attention.ceilings import ROOT, CpuCeilings, GpuCeilings, cache_bytes
+from attention.ggml import llama_cpp
+from attention.gpu_peers import on_gpu
+from attention.peers import (
+    TOLERANCE,
+    UnavailableError,
+    Way,
+    compiled_rotate_into,
+    ours,
+    rotate_into,
+    rotating,
+    torch_on_cpu,
+)
+from attention.report import make_row, markdown, print_case
+from attention.timing import medians_on_cpu, medians_on_gpu
+from attention.vllm_cpu import vllm
 
 from cachedattn import ops
 
-SHAPES = {"smollm2": (9, 3, 64), "llama8b": (32, 8, 128)}
-CASES = [
-    ("decode", 1, 511),
-    ("decode", 1, 8191),
-    ("extend", 64, 1500),
-    ("extend", 64, 6000),
-    ("prefill", 1564, 0),
-]
-BLOCK = 64
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PEERS = ("torch", "torch-compiled", "torch-naive", "vllm", "llama.cpp", "flashinfer", "flash-attn")
+# The KV sets of a case take so many times the last cache. A CPU's last cache may be shared with
+# tenants of other machines, who leave us less than all of it.
+CACHES = {"cpu": 1.5, "cuda": 3.0}
+MAX_SETS = 256  # only KV of under 2 MB would need more
+# Layouts of the KV that live at once: blocks before and after RoPE, torch's, and two peers'.
+LAYOUTS = 5
+ROPE_PASS = "RoPE pass"
 
 
-def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
+def chosen_cases(args: argparse.Namespace) -> Iterator[Case]:
+    if args.case and (case := named(args.case)):
+        yield case
+        return
+    for case in all_cases(args.device):
+        wanted = args.full or args.case or is_default(case, args.device)
+        wanted = wanted and (args.case or "") in case.name
+        if wanted and args.shape in (None, case.shape.name) and args.phase in (None, case.phase):
+            yield case
 
 
-def make_case(
-    shape: str, new: int, history: int
-) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
-    """The two ways to compute one case, each returning out [new, Hq, D]."""
-    q_heads, kv_heads, dim = SHAPES[shape]
-    length = history + new
-    blocks = (length + BLOCK - 1) // BLOCK
-    kv = torch.randn(blocks, 2, kv_heads, BLOCK, dim).bfloat16()
-    q = torch.randn(new, q_heads, dim).bfloat16()
-    freq = 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    lo, hi = ops.rope_table(freq, 256, 1), ops.rope_table(freq, length // 256 + 1, 256)
-    table = torch.randperm(blocks).to(torch.int32)[None].contiguous()
-    lens = torch.tensor([length], dtype=torch.int32)
-    cu_q = torch.tensor([0, new], dtype=torch.int32)
-    plan = ops.attn_plan(cu_q, lens, q_heads, kv_heads, BLOCK, torch.get_num_threads())
-
-    def ours() -> torch.Tensor:
-        return ops.attn_paged(q, kv, table, lens, cu_q, plan, new, lo, hi, dim**-0.5)[0]
-
-    gathered = kv[table[0].long()].permute(1, 2, 0, 3, 4).reshape(2, kv_heads, -1, dim)
-    k, v = (x.contiguous() for x in gathered[:, :, :length])
-    angle = torch.arange(length)[:, None] * freq
-    cosine, sine = angle.cos().bfloat16(), angle.sin().bfloat16()
-    mask = torch.arange(length) <= torch.arange(history, length)[:, None]
-
-    def peer() -> torch.Tensor:
-        rotated = rotate(k, cosine, sine)[None]
-        rows = rotate(q.transpose(0, 1), cosine[history:], sine[history:])
-        sdpa = torch.nn.functional.scaled_dot_product_attention
-        if new == 1:
-            folded = rows.reshape(1, kv_heads, q_heads // kv_heads, dim)
-            return sdpa(folded, rotated, v[None]).reshape(1, q_heads, dim)
-        if history == 0:
-            out = sdpa(rows[None], rotated, v[None], is_causal=True, enable_gqa=True)
-        else:
-            out = sdpa(rows[None], rotated, v[None], attn_mask=mask, enable_gqa=True)
-        return out[0].transpose(0, 1)
-
-    return ours, peer
+def peer_builders(inputs: Inputs, args: argparse.Namespace) -> dict[str, Callable[[], Way]]:
+    """What makes each way of the peers asked for; the first word of its name is the peer."""
+    if args.device == "cuda":
+        found = on_gpu(inputs)
+    else:
+        found = torch_on_cpu(inputs)
+        found["vllm"] = partial(vllm, inputs, args.vllm)
+        found["llama.cpp"] = partial(llama_cpp, inputs, args.llama_cpp)
+    return {name: build for name, build in found.items() if name.split()[0] in args.peer}
 
 
-def paired_medians(
-    first: Callable[[], object], second: Callable[[], object], seconds: float
-) -> tuple[float, float]:
-    """Median seconds of each, taken in turn so that both see the same noise."""
-    times: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[0]) < 3:
-        for call, taken in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            call()
-            taken.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+def check(way: Way, reference: torch.Tensor) -> None:
+    out = way.rows(way.call(0)).float()
+    distance = float((out - reference.float()).norm() / reference.float().norm())
+    limit = way.tolerance or TOLERANCE[reference.dtype]
+    if not distance <= limit:  # NaN fails too
+        raise SystemExit(f"{way.name}: its output is {distance:.2g} from ours, at most {limit}")
+
+
+def checked_ways(inputs: Inputs, args: argparse.Namespace) -> tuple[list[Way], dict[str, str]]:
+    """Ours, fused and not, then the peers', with equal outputs; and why others were left out."""
+    own = [ours(inputs, True), ours(inputs, False)]
+    reference = own[0].rows(own[0].call(0))
+    check(own[1], reference)
+    found, left_out = [], {}
+    for name, build in peer_builders(inputs, args).items():
+        try:
+            way = build()
+            check(way, reference)
+            found.append(way)
+        except (UnavailableError, RuntimeError) as error:
+            left_out[name] = str(error).splitlines()[0]
+    return own + found, left_out
+
+
+def measure(case: Case, args: argparse.Namespace, meter: CpuCeilings | GpuCeilings) -> list[dict]:
+    """Rows of one case, printed unless they are wanted as JSON."""
+    dtype = DTYPES[args.dtype]
+    wanted = CACHES[args.device] * cache_bytes(args.device)
+    sets = min(max(2, int(wanted / case.kv_bytes(dtype)) + 1), MAX_SETS)
+    inputs = Inputs(case, dtype, args.device, sets)
+    ways, left_out = checked_ways(inputs, args)
+    calls = {way.name: way.call for way in ways}
+    if any(way.add_rope_pass for way in ways):
+        compiled = args.device == "cuda" or "torch-compiled" in calls
+        calls[ROPE_PASS] = rotating(inputs, compiled_rotate_into if compiled else rotate_into)
+    medians = medians_on_gpu if args.device == "cuda" else medians_on_cpu
+    before = meter.measure()
+    seconds = medians(calls, sets, args.seconds)
+    ceilings = before.better(meter.measure())
+
+    fused, plain = ways[:2]
+    pairs = [(fused, plain.name, seconds[plain.name], "")]
+    for way in ways[2:]:
+        own = fused if way.rotates_k else plain
+        pairs.append((own, way.name, seconds[way.name], way.how))
+        if way.add_rope_pass:
+            total = seconds[way.name] + seconds[ROPE_PASS]
+            pairs.append((fused, f"{way.name} + {ROPE_PASS}", total, way.how))
+    pairs.sort(key=lambda pair: pair[0] is plain)
+    rows = []
+    for own, peer, peer_s, how in pairs:
+        figures = make_row(case, dtype, ceilings, 1e6 * seconds[own.name], 1e6 * peer_s)
+        row = {"case": case.name, "phase": case.phase, "impl": own.name} | figures
+        row |= {"peer": peer, "how": how} | vars(ceilings) | vars(case)
+        row |= {"shape": case.shape.name, "device": args.device, "dtype": args.dtype}
+        rows.append(row | {"isa": args.isa, "threads": args.threads, "commit": args.commit})
+    if not args.json:
+        print_case(rows, sets, case.kv_bytes(dtype) / 1e6, left_out)
+    for name, why in left_out.items():
+        if args.json:
+            print(f"{case.name}: {name} left out: {why}", file=sys.stderr)
+    return rows
+
+
+def available_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def commit() -> str:
+    answer = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    return answer.stdout.strip() or "unknown"
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name(0)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    return f"{fields.get('model name', platform.processor())}, {os.cpu_count()} CPUs"
+
+
+def package(name: str) -> Path:
+    """The folder of an installed package, else a path that leads nowhere."""
+    spec = find_spec(name)
+    return Path(spec.origin).parent if spec is not None and spec.origin else Path(name)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=list(SHAPES))
+    parser.add_argument("--phase", choices=PHASES)
+    parser.add_argument("--case", help="part of the names, among all cases; or any whole name")
+    parser.add_argument("--full", action="store_true", help="all cases")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--peer", action="append", choices=PEERS, help="default: all")
+    parser.add_argument("--seconds", type=float, default=4.0, help="timed, per case")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--device", choices=list(CACHES), default="cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument("--vllm", type=Path, default=package("vllm"), metavar="FOLDER")
+    parser.add_argument("--llama-cpp", type=Path, default=package("llama_cpp"), metavar="FOLDER")
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    parser.add_argument("--markdown", type=Path, metavar="JSONL", help="print a table of a file")
+    args = parser.parse_args()
+    args.peer = args.peer or list(PEERS)
+    args.commit = commit()
+    args.isa = ops.cpu_isa() if args.device == "cpu" else "cuda"
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1.0, help="per case")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    args = parse()
+    cases = list(chosen_cases(args))
+    if args.markdown is not None:
+        return markdown(args.markdown)
+    if args.list:
+        return print("\n".join(case.name for case in cases))
+    if not cases:
+        raise SystemExit("no case has such a name; --list --full shows all of them")
+    # The product's slabs lie in huge pages. Torch reads this at its first allocation.
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
     torch.set_num_threads(args.threads)
-    q_heads, kv_heads, dim = SHAPES[args.shape]
-    for phase, new, history in CASES:
-        ours, peer = make_case(args.shape, new, history)
-        torch.testing.assert_close(ours().float(), peer().float(), atol=0.05, rtol=0.05)
-        us, peer_us = (1e6 * s for s in paired_medians(ours, peer, args.seconds))
-        pairs = new * (history + (new + 1) / 2)
-        row = {
-            "case": f"{args.shape} {phase} {new}+{history}",
-            "phase": phase,
-            "impl": ops.cpu_isa(),
-            "threads": args.threads,
-            "us": round(us, 1),
-            "gbps": round(4 * (history + new) * kv_heads * dim / us / 1e3, 2),
-            "tflops": round(4 * pairs * q_heads * dim / us / 1e6, 4),
-            "peer": "torch SDPA after RoPE",
-            "peer_us": round(peer_us, 1),
-            "ratio_to_peer": round(peer_us / us, 2),
-        }
-        if args.json:
-            print(json.dumps(row), flush=True)
-        else:
-            print(
-                f"{row['case']:28} {us:10.1f} us {row['gbps']:7.2f} GB/s "
-                f"{1e3 * row['tflops']:7.1f} GFLOP/s   torch {peer_us:10.1f} us "
-                f"({row['ratio_to_peer']}x as fast)"
-            )
+    header = {name: getattr(args, name) for name in ("device", "threads", "dtype", "isa", "commit")}
+    header |= {"machine": machine(args.device), "torch": torch.__version__}
+    header["cache_mb"] = round(cache_bytes(args.device) / 1e6)
+    print(json.dumps(header) if args.json else ", ".join(f"{k} {v}" for k, v in header.items()))
+    if args.device == "cuda":
+        meter: CpuCeilings | GpuCeilings = GpuCeilings(DTYPES[args.dtype])
+    else:
+        meter = CpuCeilings(args.threads, int(CACHES["cpu"] * cache_bytes("cpu")))
+    for case in cases:
+        # Two sets at least, and the tensors that they are copied from.
+        needed = (2 * LAYOUTS + 2) * case.kv_bytes(DTYPES[args.dtype])
+        if needed > available_bytes(args.device):
+            print(f"{case.name}: needs {needed / 1e9:.0f} GB, left out", file=sys.stderr)
+            continue
+        for row in measure(case, args, meter):
+            if args.json:
+                print(json.dumps(row), flush=True)
+    meter.close()
 
 
 if __name__ == "__main__":
