@@ -54,7 +54,7 @@ struct FragmentRows {
   using Shape = ExtendShape<D>;
   const char* chunks[Shape::kCycle / 2];  // 2 i + half for i below kCycle / 2
 
-  CA_DEVICE FragmentRows(const char* tile, int row, int half, int row_bytes) {
+  CA_DEVICE FragmentRows(const char* tile, uint32_t row, uint32_t half, uint32_t row_bytes) {
     CA_UNROLL
     for (int i = 0; i < Shape::kCycle / 2; ++i) {
       chunks[i] = tile + row * row_bytes + 16 * (2 * i ^ half ^ Shape::Turn(row));
@@ -90,7 +90,7 @@ struct WarpRows {
   // s = Q K^T. `queries` is the warp's first row.
   CA_DEVICE static void Logits(const char* queries, const char* keys, int row_bytes,
                                float (&s)[kRowTiles][2 * kKeySteps][4]) {
-    const int lane = LaneIndex();
+    const uint32_t lane = LaneIndex();
     const FragmentRows<D> q(queries, lane % 16, lane / 16, row_bytes);
     const FragmentRows<D> k(keys, lane % 8 + lane / 16 * 8, lane / 8 % 2, row_bytes);
     CA_UNROLL
@@ -274,8 +274,7 @@ CA_DEVICE void WriteOutput(const AttnParams& p, const AttnTile& t, int first_row
 // Hands over the warp's rows: to out, or to the merge of the splits. `memory` is the block's shared
 // memory, q's place first.
 template <typename T, int D>
-CA_DEVICE void FinishRows(const AttnLaunch& launch, int first_row, WarpRows<T, D>* rows,
-                          char* memory) {
+CA_DEVICE void FinishRows(const AttnLaunch& launch, WarpRows<T, D>* rows, char* memory) {
   using Shape = ExtendShape<D>;
   CA_UNROLL
   for (int r = 0; r < 2 * Shape::kRowTiles; ++r) {
@@ -283,6 +282,7 @@ CA_DEVICE void FinishRows(const AttnLaunch& launch, int first_row, WarpRows<T, D
     rows->l[r] += ShuffleXor(rows->l[r], 2);
   }
   const AttnTile t = MakeTile(launch, Shape::kRows);  // anew: it was not kept in registers
+  const int first_row = ThreadIndex() / 32 * 16 * Shape::kRowTiles;
   if (t.num_splits == 1) return WriteOutput(launch.p, t, first_row, *rows, memory);
   SaveState(launch, t, first_row, *rows);
   if (IsLastSplit(launch, t, reinterpret_cast<int*>(memory))) {
@@ -304,11 +304,9 @@ AttnExtend(CA_GRID_CONSTANT AttnLaunch launch) {
   char* const keys = queries + Shape::kKeysAt;      // two tiles
   char* const values = queries + Shape::kValuesAt;  // one
   RowOffsets<kKeys> offsets(p, t, reinterpret_cast<int64_t*>(queries + Shape::kOffsetsAt));
-  const T* const k_data = static_cast<const T*>(p.kv.data);
-  const T* const v_data = k_data + p.kv.kv_stride;
+  const char* const k_data = static_cast<const char*>(p.kv.data);
+  const char* const v_data = k_data + p.kv.kv_stride * sizeof(T);
   const int row_bytes = p.kv.head_dim * sizeof(T);
-  const int first_row = ThreadIndex() / 32 * kWarpRows;
-  const int end_row = first_row + kWarpRows < t.num_rows ? first_row + kWarpRows : t.num_rows;
   Visibility seen(t, p.window, t.kv_begin);
   WarpRows<T, D> rows;
   F2 angle[kUnitPairs];
@@ -329,13 +327,16 @@ AttnExtend(CA_GRID_CONSTANT AttnLaunch launch) {
   int odd = 0;  // of the tile
   for (int base = t.kv_begin; base < t.kv_end; base += kKeys, odd ^= 1) {
     SyncThreads();
-    const TileShare<T, D> share(p.rope, Here(ThreadIndex()));
+    const uint32_t thread = Here(ThreadIndex());
+    const TileShare<T, D> share(p.rope, thread);
     share.Load(v_data, offsets.Of(odd), t.kv_end - base, values);
     CpAsyncCommit();
     char* const next_keys = keys + (odd ^ 1) * Shape::kTileBytes;
     const int next = base + kKeys;
     if (next < t.kv_end) share.Load(k_data, offsets.Of(odd ^ 1), t.kv_end - next, next_keys);
     CpAsyncCommit();
+    const int first_row = thread / 32 * kWarpRows;
+    const int end_row = first_row + kWarpRows < t.num_rows ? first_row + kWarpRows : t.num_rows;
     const bool sees = first_row < end_row && seen.Some(first_row, end_row, kKeys);
     if (sees) {
       float s[Shape::kRowTiles][kKeys / 8][4] = {};
@@ -359,7 +360,7 @@ AttnExtend(CA_GRID_CONSTANT AttnLaunch launch) {
   }
 
   SyncThreads();  // the places of q and of the offsets are free for others
-  FinishRows<T, D>(launch, first_row, &rows, queries);
+  FinishRows<T, D>(launch, &rows, queries);
 }
 
 template <typename T, int D>

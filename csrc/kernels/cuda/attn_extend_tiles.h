@@ -43,8 +43,8 @@ struct ExtendShape {
   // banks: rows are D / 8 chunks, of which 8 fill the banks once. An XOR below kCycle = gcd(D / 8,
   // 8) stays inside the row.
   static constexpr int kCycle = D == 80 ? 2 : D == 96 ? 4 : 8;
-  CA_DEVICE static int Turn(int row) { return row / (8 / kCycle) % kCycle; }
-  CA_DEVICE static int ChunkAt(int row, int chunk) {  // bytes
+  CA_DEVICE static uint32_t Turn(uint32_t row) { return row / (8 / kCycle) % kCycle; }
+  CA_DEVICE static uint32_t ChunkAt(uint32_t row, uint32_t chunk) {  // bytes
     return row * kRowBytes + 16 * (chunk ^ Turn(row));
   }
 };
@@ -55,9 +55,9 @@ struct ExtendShape {
 // pairs fill chunk a and the second ones b; else a and b are adjacent. Together the units of a row
 // cover all of its chunks, those that are not rotated too.
 struct RotaryUnit {
-  int pair, a, b;
-  CA_DEVICE RotaryUnit(const RopeTables& rope, int unit) : pair(kUnitPairs * unit) {
-    const int pairs = Here(rope.rotary_dim) / 2;
+  uint32_t pair, a, b;
+  CA_DEVICE RotaryUnit(const RopeTables& rope, uint32_t unit) : pair(kUnitPairs * unit) {
+    const uint32_t pairs = static_cast<uint32_t>(Here(rope.rotary_dim)) / 2;
     const bool split = !rope.interleaved && pair < pairs;
     a = split ? unit : 2 * unit;
     b = split ? unit + pairs / kUnitPairs : 2 * unit + 1;
@@ -65,7 +65,7 @@ struct RotaryUnit {
 };
 
 // Angles of a unit from a row of a table; pairs past the last stay as they are.
-CA_DEVICE void LoadAngles(const RopeTables& rope, const float* table, int row, int first_pair,
+CA_DEVICE void LoadAngles(const RopeTables& rope, const float* table, int row, uint32_t first_pair,
                           F2 (&angle)[kUnitPairs]) {
   const uint32_t pairs = static_cast<uint32_t>(rope.rotary_dim) / 2;
   const F2* at = reinterpret_cast<const F2*>(table) + int64_t{row} * pairs + first_pair;
@@ -80,7 +80,7 @@ CA_DEVICE void LoadAngles(const RopeTables& rope, const float* table, int row, i
   }
   CA_UNROLL
   for (int i = 0; i < kUnitPairs; ++i) {
-    angle[i] = static_cast<uint32_t>(first_pair + i) < pairs ? at[i] : F2{1.f, 0.f};
+    angle[i] = first_pair + i < pairs ? at[i] : F2{1.f, 0.f};
   }
 }
 // angle = angle + other
@@ -133,7 +133,7 @@ CA_DEVICE void GatherQueries(const AttnParams& p, const AttnTile& t, char* queri
       F2 angle[kUnitPairs], hi[kUnitPairs];
       CA_UNROLL
       for (int j = 0; j < kUnitPairs; ++j) angle[j] = {scale, 0.f};
-      if (unit.pair < p.rope.rotary_dim / 2) {
+      if (unit.pair < static_cast<uint32_t>(p.rope.rotary_dim) / 2) {
         const int before = t.Position(row), position = before > 0 ? before : 0;
         LoadAngles(p.rope, p.rope.lo, position % RopeTables::kLoRows, unit.pair, hi);
         AddAngles(hi, angle);
@@ -155,29 +155,33 @@ template <typename T, int D>
 struct TileShare {
   using Shape = ExtendShape<D>;
   RotaryUnit unit;
-  int key;
-  int at_a, at_b;  // the two chunks of `key` in a tile, bytes
+  uint32_t key;
+  uint32_t at_a, at_b;  // the two chunks of `key` in a tile, bytes
   bool loads, rotates;
 
-  CA_DEVICE TileShare(const RopeTables& rope, int thread)
+  CA_DEVICE TileShare(const RopeTables& rope, uint32_t thread)
       : unit(rope, thread % Shape::kUnits), key(thread / Shape::kUnits) {
+    // 8 threads have their turn at shared memory together. At D = 64 they hold 4 chunks of two
+    // keys each; of keys j and j ^ 5 no two lie in the same banks, whatever the pairing.
+    if (D == 64) key ^= key % 2 * 4;
     at_a = Shape::ChunkAt(key, unit.a);
     at_b = Shape::ChunkAt(key, unit.b);
     loads = Shape::kPassKeys * Shape::kUnits == kExtendThreads || key < Shape::kPassKeys;
-    rotates = loads && unit.pair < rope.rotary_dim / 2;
+    rotates = loads && unit.pair < static_cast<uint32_t>(rope.rotary_dim) / 2;
   }
 
-  // Starts copying a tile of K or V from `data`, row j of it at element offsets[j]. Rows from
-  // `num_keys` on become zero: what lies in unused slots may be NaN.
-  CA_DEVICE void Load(const T* data, const int64_t* offsets, int num_keys, char* tile) const {
+  // Starts copying a tile of K or V, row j of it from data + offsets[j] bytes. Rows from `num_keys`
+  // on become zero: what lies in unused slots may be NaN.
+  CA_DEVICE void Load(const char* data, const int64_t* offsets, int num_keys, char* tile) const {
     if (!loads) return;
+    const char *a = data + 16 * unit.a, *b = data + 16 * unit.b;
     CA_UNROLL
     for (int pass = 0; pass < Shape::kPasses; ++pass) {
-      const int j = key + pass * Shape::kPassKeys;
-      const T* row = data + LoadShared<int64_t>(offsets + j);
+      const int j = static_cast<int>(key) + pass * Shape::kPassKeys;
+      const int64_t offset = LoadShared<int64_t>(offsets + j);
       char* to = tile + pass * Shape::kPassKeys * Shape::kRowBytes;
-      CpAsync16(to + at_a, row + 8 * unit.a, j < num_keys);
-      CpAsync16(to + at_b, row + 8 * unit.b, j < num_keys);
+      CpAsync16(to + at_a, a + offset, j < num_keys);
+      CpAsync16(to + at_b, b + offset, j < num_keys);
     }
   }
 
@@ -207,7 +211,7 @@ struct TileShare {
   }
 };
 
-// Where the rows of two tiles lie, in elements from the start of K's data: a thread looks up one
+// Where the rows of two tiles lie, in bytes from the start of K's data: a thread looks up one
 // key.
 template <int kKeys>
 struct RowOffsets {
@@ -234,7 +238,7 @@ struct RowOffsets {
     const int in_block = (base + ThreadIndex()) % p.kv.block_size;
     const int64_t offset =
         slot * p.kv.slot_stride + kv_head * p.kv.head_stride + in_block * p.kv.token_stride;
-    StoreShared<int64_t>(offsets + odd * kKeys + ThreadIndex(), offset);
+    StoreShared<int64_t>(offsets + odd * kKeys + ThreadIndex(), 2 * offset);
   }
 };
 
