@@ -13,7 +13,7 @@ several formulations, written without temporaries; "torch-compiled": its RoPE by
 "torch-naive"), and the attention alone, on K rotated before, of vLLM (its extension's ops) and of
 llama.cpp (flash attention of libggml). On a GPU: torch SDPA (flash, cuDNN), FlashInfer, flash-attn.
 A peer that reads rotated K is compared with our kernel on rotated K, and once more, with a RoPE
-pass over K added to its time, with our kernel that rotates.
+pass over K (torch's, compiled) added to its time, with our kernel that rotates.
 
 Every output is compared with ours before anything is timed. Times are medians of runs taken in
 turn. KV comes in several sets taken in turn, larger together than the last cache. The limit is the
@@ -25,6 +25,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,11 +40,9 @@ from attention.ggml import llama_cpp
 from attention.gpu_peers import on_gpu
 from attention.peers import (
     TOLERANCE,
-    UnavailableError,
     Way,
-    compiled_rotate_into,
+    best_rotate_into,
     ours,
-    rotate_into,
     rotating,
     torch_on_cpu,
 )
@@ -105,8 +104,8 @@ def checked_ways(inputs: Inputs, args: argparse.Namespace) -> tuple[list[Way], d
             way = build()
             check(way, reference)
             found.append(way)
-        except (UnavailableError, RuntimeError) as error:
-            left_out[name] = str(error).splitlines()[0]
+        except Exception as error:  # whatever a peer raises, the others go on
+            left_out[name] = (str(error) or repr(error)).splitlines()[0]
     return own + found, left_out
 
 
@@ -119,8 +118,7 @@ def measure(case: Case, args: argparse.Namespace, meter: CpuCeilings | GpuCeilin
     ways, left_out = checked_ways(inputs, args)
     calls = {way.name: way.call for way in ways}
     if any(way.add_rope_pass for way in ways):
-        compiled = args.device == "cuda" or "torch-compiled" in calls
-        calls[ROPE_PASS] = rotating(inputs, compiled_rotate_into if compiled else rotate_into)
+        calls[ROPE_PASS] = rotating(inputs, best_rotate_into(args.device))
     medians = medians_on_gpu if args.device == "cuda" else medians_on_cpu
     before = meter.measure()
     seconds = medians(calls, sets, args.seconds)
@@ -153,7 +151,8 @@ def measure(case: Case, args: argparse.Namespace, meter: CpuCeilings | GpuCeilin
 def available_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) << 10 if found else sys.maxsize
 
 
 def commit() -> str:
@@ -187,7 +186,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="all cases")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--peer", action="append", choices=PEERS, help="default: all")
-    parser.add_argument("--seconds", type=float, default=4.0, help="timed, per case")
+    parser.add_argument("--seconds", type=float, default=3.0, help="timed, per case")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", choices=list(CACHES), default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
@@ -211,13 +210,16 @@ def main() -> None:
         return print("\n".join(case.name for case in cases))
     if not cases:
         raise SystemExit("no case has such a name; --list --full shows all of them")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU")
     # The product's slabs lie in huge pages. Torch reads this at its first allocation.
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
     torch.set_num_threads(args.threads)
     header = {name: getattr(args, name) for name in ("device", "threads", "dtype", "isa", "commit")}
     header |= {"machine": machine(args.device), "torch": torch.__version__}
     header["cache_mb"] = round(cache_bytes(args.device) / 1e6)
-    print(json.dumps(header) if args.json else ", ".join(f"{k} {v}" for k, v in header.items()))
+    text = json.dumps(header) if args.json else ", ".join(f"{k} {v}" for k, v in header.items())
+    print(text, flush=True)
     if args.device == "cuda":
         meter: CpuCeilings | GpuCeilings = GpuCeilings(DTYPES[args.dtype])
     else:

@@ -12,8 +12,8 @@ from attention.peers import (
     Attend,
     UnavailableError,
     Way,
+    best_rotate_into,
     causal_bias,
-    compiled_rotate_into,
     folded,
     rotating,
     sdpa,
@@ -21,7 +21,7 @@ from attention.peers import (
 
 
 def torch_sdpa(inputs: Inputs, backend: SDPBackend, rotates_k: bool) -> Way:
-    """One backend, forced. K rotated before, or by a compiled pass that is part of the time."""
+    """One backend, forced. K rotated before, or by a pass that is part of the time."""
     case = inputs.case
     if case.phase == "decode":
         attend: Attend = folded(inputs, None)
@@ -37,7 +37,7 @@ def torch_sdpa(inputs: Inputs, backend: SDPBackend, rotates_k: bool) -> Way:
         attend = folded(inputs, bias)
 
     if rotates_k:
-        run = rotating(inputs, compiled_rotate_into)
+        run = rotating(inputs, best_rotate_into(inputs.device))
     else:
         k_rotated = inputs.k_rotated
 

@@ -13,7 +13,7 @@ def make_row(
     case: Case, dtype: torch.dtype, ceilings: Ceilings, us: float, peer_us: float
 ) -> dict[str, object]:
     """The figures of one implementation on one case beside one peer."""
-    us, peer_us, limit_us = round(us, 1), round(peer_us, 1), ceilings.limit_us(case, dtype)
+    us, peer_us, limit_us = round(us, 2), round(peer_us, 2), ceilings.limit_us(case, dtype)
     return {
         "us": us,
         "gbps": round(case.kv_bytes(dtype) / us / 1e3, 2),
