@@ -32,7 +32,8 @@ struct AttentionShape {
   int window = 0;
   float softcap = 0.f;
   bool sinks = false;
-  int q_gap = 0;  // elements between two tokens of q that belong to nobody
+  float spread = 1.f;  // standard deviation of the logits
+  int q_gap = 0;       // elements between two tokens of q that belong to nobody
   uint32_t seed = 0;
 };
 
@@ -41,7 +42,7 @@ inline std::string Describe(const AttentionShape& s) {
   text << Name(s.dtype) << " heads " << s.q_heads << "/" << s.kv_heads << " dim " << s.head_dim
        << " block " << s.block_size << " rotary " << s.rotary_dim
        << (s.interleaved ? " interleaved" : "") << " window " << s.window << " softcap "
-       << s.softcap << (s.sinks ? " sinks" : "") << " lengths";
+       << s.softcap << (s.sinks ? " sinks" : "") << " spread " << s.spread << " lengths";
   for (size_t b = 0; b < s.q_lens.size(); ++b) text << " " << s.q_lens[b] << "/" << s.kv_lens[b];
   return text.str();
 }
@@ -185,7 +186,7 @@ class AttentionCase {
 
  private:
   int64_t TokenStride() const { return shape_.q_heads * shape_.head_dim + shape_.q_gap; }
-  float Scale() const { return 1.f / std::sqrt(static_cast<float>(shape_.head_dim)); }
+  float Scale() const { return shape_.spread / std::sqrt(static_cast<float>(shape_.head_dim)); }
   int64_t FirstRow(int b) const {
     return std::accumulate(shape_.q_lens.begin(), shape_.q_lens.begin() + b, int64_t{0});
   }
