@@ -46,6 +46,7 @@ void StoreShared(void* p, V value, CA_HERE) {
 
 inline int Here(int x) { return x; }
 inline float Here(float x) { return x; }
+inline const char* Here(const char* x) { return x; }
 
 // ---- barriers, shuffles, atomics ----
 

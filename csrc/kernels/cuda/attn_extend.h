@@ -305,7 +305,7 @@ AttnExtend(CA_GRID_CONSTANT AttnLaunch launch) {
   char* const values = queries + Shape::kValuesAt;  // one
   RowOffsets<kKeys> offsets(p, t, reinterpret_cast<int64_t*>(queries + Shape::kOffsetsAt));
   const char* const k_data = static_cast<const char*>(p.kv.data);
-  const char* const v_data = k_data + p.kv.kv_stride * sizeof(T);
+  const char* const v_data = Here(k_data + p.kv.kv_stride * sizeof(T));
   const int row_bytes = p.kv.head_dim * sizeof(T);
   Visibility seen(t, p.window, t.kv_begin);
   WarpRows<T, D> rows;

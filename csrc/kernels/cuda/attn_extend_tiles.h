@@ -177,11 +177,11 @@ struct TileShare {
     const char *a = data + 16 * unit.a, *b = data + 16 * unit.b;
     CA_UNROLL
     for (int pass = 0; pass < Shape::kPasses; ++pass) {
-      const int j = static_cast<int>(key) + pass * Shape::kPassKeys;
-      const int64_t offset = LoadShared<int64_t>(offsets + j);
+      const int64_t offset = LoadShared<int64_t>(offsets + key + pass * Shape::kPassKeys);
+      const bool valid = static_cast<int>(key) < num_keys - pass * Shape::kPassKeys;
       char* to = tile + pass * Shape::kPassKeys * Shape::kRowBytes;
-      CpAsync16(to + at_a, a + offset, j < num_keys);
-      CpAsync16(to + at_b, b + offset, j < num_keys);
+      CpAsync16(to + at_a, a + offset, valid);
+      CpAsync16(to + at_b, b + offset, valid);
     }
   }
 

@@ -83,6 +83,10 @@ CA_DEVICE float Here(float x) {
   asm volatile("" : "+f"(x));
   return x;
 }
+CA_DEVICE const char* Here(const char* x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 
 // ---- barriers, shuffles, atomics ----
 
