@@ -69,9 +69,12 @@ class Elements {
     });
   }
   float Round(float value) const {
-    Elements one(dtype_, 1);
-    one.Set(0, value);
-    return one.Get(0);
+    WithElement(dtype_, [&](auto* element) {
+      std::remove_pointer_t<decltype(element)> x;
+      FromFloat(value, &x);
+      value = ToFloat(x);
+    });
+    return value;
   }
 
  private:
