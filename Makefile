@@ -34,7 +34,7 @@ bench: build .venv/.model  ## Native benchmarks, then time to first token on the
 	scripts/run_bench.sh $(BENCH_ARGS)
 
 format: .venv/.tests  ## Format all sources
-	git ls-files -co --exclude-standard '*.h' '*.cc' | xargs $(BIN)/clang-format -i
+	git ls-files -co --exclude-standard '*.h' '*.cc' '*.cu' | xargs $(BIN)/clang-format -i
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 build: .venv/.package  ## Build the binaries in place
@@ -53,8 +53,10 @@ clean:  ## Remove build output; .venv stays
 	touch $@
 
 .venv/.package: .venv/.torch pyproject.toml setup.py
-	@echo "Building (about a minute and a half on two cores)"
+	@echo "Building (one to three minutes on two cores)"
 	$(PIP) install -q --no-build-isolation -e '.[demo]'
+	@grep -q '^CMAKE_CUDA_COMPILER:.*=/' build/python/CMakeCache.txt || \
+	  echo "No nvcc was found: built without the CUDA kernels, for CPU tensors only"
 	touch $@
 
 .venv/.tests: .venv/.package
