@@ -283,7 +283,6 @@ CA_DEVICE void Consume(const AttnLaunch& launch, const AttnTile& t) {
 template <typename T, int D>
 CA_KERNEL(kThreads, 1)
 HopperKernel(AttnLaunch launch, CA_GRID_CONSTANT TensorMap map, int box_tokens) {
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const int num_rows = MakeTile(launch, kHopperRows).num_rows;
   if (num_rows == 0) return;
   if (ThreadIndex() == 0) InitBarriers<D>(num_rows);
@@ -306,7 +305,6 @@ HopperKernel(AttnLaunch launch, CA_GRID_CONSTANT TensorMap map, int box_tokens) 
     if (ThreadIndex() % kGroupThreads != 0) return;
     Produce<D>(launch.p, MakeTile(launch, kHopperRows), &map, box_tokens);
   }
-#endif
 }
 
 int BoxTokens(const KvView& kv) { return kv.block_size < kKeyTile ? kv.block_size : kKeyTile; }
