@@ -64,7 +64,7 @@ def markdown(path: Path) -> None:
     for case in cases:
         found = {row["peer"]: row for row in rows if row["case"] == case}
         row = found[own]
-        cells = [case, f"{row['us']:,.0f}", f"{row['gbps']:.1f}", f"{row['tflops']:.2f}"]
+        cells = [case, f"{row['us']:,.0f}", f"{row['gbps']:.1f}", f"{row['tflops']:.3f}"]
         cells += [f"{row['limit_pct']:.0f}", f"{100 * (row['us'] / row['peer_us'] - 1):+.0f} %"]
         cells += [f"{found[p]['ratio_to_peer']:.2f}" if p in found else "-" for p in peers]
         print(f"| {' | '.join(cells)} |")
