@@ -125,7 +125,8 @@ std::tuple<Tensor, Tensor> AttnPagedOp(const Tensor& q, const Tensor& kv, const 
   p.rope = RopeOf(rope_lo, rope_hi, interleaved, p.kv.head_dim, device);
   p.sm_scale = static_cast<float>(sm_scale);
   p.softcap = static_cast<float>(softcap);
-  p.window = static_cast<int>(std::min<int64_t>(window, INT32_MAX));
+  // Kernels subtract it from positions in 32 bits.
+  p.window = static_cast<int>(std::min<int64_t>(window, INT32_MAX / 2));
   STD_TORCH_CHECK(p.num_q_heads >= 1 && p.num_q_heads % p.kv.num_kv_heads == 0, "q: its heads (",
                   p.num_q_heads, ") must be a multiple of kv's (", p.kv.num_kv_heads, ")");
   STD_TORCH_CHECK(block_table.size(0) == p.num_seqs, "block_table: must have ", p.num_seqs,
