@@ -186,7 +186,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="all cases")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument("--peer", action="append", choices=PEERS, help="default: all")
-    parser.add_argument("--seconds", type=float, default=3.0, help="timed, per case")
+    parser.add_argument("--seconds", type=float, help="timed, per case; default: 3, on a GPU 1")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", choices=list(CACHES), default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
@@ -196,6 +196,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, metavar="JSONL", help="print a table of a file")
     args = parser.parse_args()
     args.peer = args.peer or list(PEERS)
+    args.seconds = args.seconds or {"cpu": 3.0, "cuda": 1.0}[args.device]
     args.commit = commit()
     args.isa = ops.cpu_isa() if args.device == "cpu" else "cuda"
     return args
