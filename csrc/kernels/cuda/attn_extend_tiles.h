@@ -26,7 +26,7 @@ struct ExtendShape {
   static constexpr int kPasses = kKeys / kPassKeys;
   // Shared memory: q, two tiles of K, one of V, where the rows of two tiles lie. For two blocks
   // each may have (164 KB of sm_80) / 2 - 1 KB = 81 KB, which D = 128 uses to the last byte, or
-  // (227 KB of sm_90) / 2 - 1 KB = 112 KB.
+  // (228 KB of sm_90) / 2 - 1 KB = 113 KB.
   //   D        64    80    96   128   256
   //   q, KB    16    20    24    32    32
   //   tile, KB  8    10    12    16    16
