@@ -156,10 +156,13 @@ def available_bytes(device: str) -> int:
 
 
 def commit() -> str:
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    return answer.stdout.strip() or "unknown"
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.check_output(
+            command, cwd=ROOT, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def machine(device: str) -> str:
