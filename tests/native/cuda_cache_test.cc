@@ -139,7 +139,7 @@ TEST_P(CudaCache, RopeRotatesInPlace) {
     SCOPED_TRACE(seed);
     Dice dice(seed);
     const int dim = static_cast<int>(dice.Pick({16, 64, 80, 128, 600}));
-    const int rotary = static_cast<int>(dice.Pick({dim, dim, dim / 2, 2, 10, 0}));
+    const int rotary = static_cast<int>(dice.Pick({dim, dim, dim / 2, 2, 10, 12, 0}));
     const int64_t tokens = dice.Between(0, 6), heads = dice.Between(1, 9);
     const Tables tables(rotary, dice.Between(0, 1) == 1, 16);
     RopeApplyParams p;
