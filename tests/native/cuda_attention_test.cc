@@ -117,6 +117,17 @@ TEST_P(CudaAttention, MergesManySplits) {
   }
 }
 
+// Splits of two kernels in one call, with unlike numbers of row blocks.
+TEST_P(CudaAttention, KeepsTheSplitsOfKernelsApart) {
+  Check({{130, 70, 1}, {900, 800, 700}, 1, 1});
+}
+
+// As many splits as there are, of as few rows: the workspace is filled.
+TEST_P(CudaAttention, DecodesALongContext) {
+  AttentionShape shape{{1}, {8300}, 4, 1};
+  shape.block_size = 128;
+  Check(shape);
+}
 TEST_P(CudaAttention, HidesKeysOutsideOfTheWindow) {
   for (const int window : {1, 17, 64, 100}) {
     AttentionShape shape{{1, 40, 3}, {700, 200, 64}};
