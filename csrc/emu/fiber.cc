@@ -89,10 +89,6 @@ Fiber& NewFiber(int i, void (*entry)()) {
   Fiber& fiber = Pooled(i);
   fiber.entry = entry;
   fiber.fake_stack = nullptr;
-#if defined(__SANITIZE_ADDRESS__)
-  // An ended fiber never left its frames.
-  __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);
-#endif
   // As ca_emu_switch leaves a stack: six registers and where to return. A function starts with the
   // stack pointer 8 bytes past a multiple of 16.
   const uintptr_t top = reinterpret_cast<uintptr_t>(fiber.stack) + fiber.stack_bytes;
@@ -107,6 +103,7 @@ void SwitchFiber(Fiber& from, Fiber& to, bool ends) {
   switched_to = &to;
   if (&from == &main_fiber) main_fiber.stack = nullptr;  // it may be another thread each time
 #if defined(__SANITIZE_ADDRESS__)
+  if (ends) __asan_handle_no_return();  // it never leaves its frames: forget them
   __sanitizer_start_switch_fiber(ends ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
 #else
   (void)ends;

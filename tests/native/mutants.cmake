@@ -2,8 +2,8 @@
 # that cannot fail proves nothing. Only the mutated file is copied and only what it is compiled into
 # is built anew.
 
-# ca_mutant(NAME SOURCE FILE FILTER OLD NEW): replaces OLD, which stands once in FILE, by NEW, builds
-# SOURCE with it, and expects the tests that FILTER names to fail. SOURCE and FILE lie in
+# ca_mutant(NAME SOURCE FILE FILTER OLD NEW): replaces OLD, which stands once in FILE, by NEW,
+# builds SOURCE with it, and expects the tests that FILTER names to fail. SOURCE and FILE lie in
 # csrc/kernels/cuda.
 function(ca_mutant name source file filter old new)
   set(folder csrc/kernels/cuda)
