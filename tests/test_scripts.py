@@ -1,4 +1,4 @@
-"""The set-up scripts: no CUDA by accident, and a clear list where nothing may be installed."""
+"""The scripts: no CUDA by accident, a clear list of what is missing, no GPU, a failed step."""
 
 import importlib.util
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 CUDA_REPORT = {"install": [{"metadata": {"name": "torch"}}, {"metadata": {"name": "nvidia-nccl"}}]}
@@ -105,3 +106,38 @@ def test_missing_packages_are_installed_by_sudo(tmp_path: Path) -> None:
     log = (tmp_path / "log").read_text()
     assert "update" in log and "libxxhash-dev" in log
     assert answer.returncode == 1 and "Still missing after apt-get: g++" in answer.stderr
+
+
+def gpu_check(python: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs bench/gpu_check.sh; what it writes goes to `folder`/results."""
+    (folder / "any.whl").touch()
+    sanitizer = folder / "compute-sanitizer"
+    sanitizer.write_text('#!/bin/bash\necho "$@"\n')
+    sanitizer.chmod(0o755)
+    script = SCRIPTS.parent / "bench" / "gpu_check.sh"
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": str(python)}
+    return subprocess.run(
+        [script, folder / "any.whl", folder / "results"],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    answer = gpu_check(sys.executable, tmp_path)
+    assert answer.returncode == 2 and "sees no GPU here" in answer.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_gpu_check_goes_on_after_a_failed_step(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\ncase "$*" in "-m pytest"*) exit 3 ;; esac\necho "{}"\n')
+    python.chmod(0o755)
+    answer = gpu_check(python, tmp_path)
+    lines = (tmp_path / "results" / "summary.txt").read_text().splitlines()
+    steps = "install machine smoke tests memcheck racecheck synccheck bench"
+    assert answer.returncode == 1 and [line.split()[0] for line in lines] == steps.split()
+    assert [line.split()[0] for line in lines if "FAILED (3)" in line] == ["tests"]
+    assert (tmp_path / "results" / "bench.jsonl").read_text() == "{}\n"
