@@ -7,7 +7,8 @@ struct Simd {
   static constexpr int kLanes = 8;
   // 6 rows x 2 vectors: 12 sums + 2 loads + a broadcast of 16 registers.
   static constexpr int kColumns = 2;
-  static constexpr int kDotRows = 2;  // 2 rows x 4 keys of sums in decode
+  static constexpr int kDotKeys = 1;    // keys at a time in decode: 8 sums of 16 registers
+  static constexpr int kValueRows = 4;  // rows of decode that P V takes at once
 
   static F Zero() { return _mm256_setzero_ps(); }
   static F Set(float x) { return _mm256_set1_ps(x); }
@@ -34,6 +35,12 @@ struct Simd {
   static void Store(F x, Fp16* p) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  // x in a register from here on: else the compiler reads memory again for every use.
+  static F Hold(F x) {
+    asm("" : "+x"(x));
+    return x;
   }
 
   static F Add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -76,32 +83,48 @@ struct Simd {
     Store(fn(Load(a), Load(b)), out);
   }
 
-  // Interleaved pairs: (a0, b0, a1, b1, ..).
-  static F SwapPairs(F x) { return _mm256_permute_ps(x, 0xb1); }
-  static F Evens(F x) { return _mm256_moveldup_ps(x); }
-  static F Odds(F x) { return _mm256_movehdup_ps(x); }
-  static F NegateEvens(F x) {
-    return _mm256_xor_ps(x, _mm256_castsi256_ps(_mm256_set1_epi64x(int64_t{0x80000000})));
+  // 16 elements as two vectors, in lane order: even elements and odd ones where that saves a
+  // conversion (kEvensOdds), else the first 8 and the last.
+  template <typename T>
+  static constexpr bool kEvensOdds = false;
+  template <typename T>
+  static void LoadTwo(const T* p, F* x, F* y) {
+    *x = Load(p), *y = Load(p + 8);
   }
-  // 16 floats at p: the even ones to a, the odd ones to b.
-  static void Split(const float* p, F* a, F* b) {
-    const F x = Load(p), y = Load(p + 8);
+  static void LoadTwo(const Bf16* p, F* x, F* y) {
+    Halves<Bf16>(_mm256_castps_si256(Hold(_mm256_castsi256_ps(LoadWords(p)))), x, y);
+  }
+  // The even and the odd elements of 8 words of T.
+  template <typename T>
+  static void LoadHalves(const float* words, F* evens, F* odds) {
+    Halves<T>(LoadWords(words), evens, odds);
+  }
+
+  // (x0 .. x7, y0 .. y7) = (a0, b0, a1, b1, ..).
+  static void Unzip(F x, F y, F* a, F* b) {
     const F even = _mm256_shuffle_ps(x, y, 0x88), odd = _mm256_shuffle_ps(x, y, 0xdd);
     *a = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), 0xd8));
     *b = _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(odd), 0xd8));
   }
-
-  // The sums of a, b, c and d to p[0..3].
-  static void Sum4(F a, F b, F c, F d, float* p) {
-    const F abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  static void Zip(F a, F b, F* x, F* y) {
+    const F low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+    *x = _mm256_permute2f128_ps(low, high, 0x20);
+    *y = _mm256_permute2f128_ps(low, high, 0x31);
   }
 
-  // out[c * out_stride + r] = in[r * in_stride + c] for 8 x 8.
-  static void Transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  // out[i] = the sum of the 8 floats at in + 8 i, for 8 of them.
+  static void SumLanes(const float* in, float* out) {
+    F x[4];
+    for (int i = 0; i < 4; ++i) x[i] = _mm256_hadd_ps(Load(in + 16 * i), Load(in + 16 * i + 8));
+    const F a = _mm256_hadd_ps(x[0], x[1]), b = _mm256_hadd_ps(x[2], x[3]);
+    Store(Add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)), out);
+  }
+
+  // out[c * out_stride + r] = rows[r][c] for 8 x 8 words.
+  static void Transpose(const float* const* rows, int at, float* out, int64_t out_stride) {
     F x[8], y[8];
     for (int i = 0; i < 8; i += 2) {
-      const F a = Load(in + i * in_stride), b = Load(in + (i + 1) * in_stride);
+      const F a = Load(rows[i] + at), b = Load(rows[i + 1] + at);
       x[i] = _mm256_unpacklo_ps(a, b);
       x[i + 1] = _mm256_unpackhi_ps(a, b);
     }
@@ -116,4 +139,26 @@ struct Simd {
       Store(_mm256_permute2f128_ps(y[i], y[i + 4], 0x31), out + (i + 4) * out_stride);
     }
   }
+
+ private:
+  static __m256i LoadWords(const void* p) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  }
+  template <typename T>
+  static void Halves(__m256i words, F* evens, F* odds) {
+    if constexpr (__is_same(T, Bf16)) {
+      *evens = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+      *odds = _mm256_castsi256_ps(
+          _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+    } else {
+      *evens = _mm256_cvtph_ps(Narrow(_mm256_and_si256(words, _mm256_set1_epi32(0xffff))));
+      *odds = _mm256_cvtph_ps(Narrow(_mm256_srli_epi32(words, 16)));
+    }
+  }
+  // 8 words below 2^16 to 8 halves.
+  static __m128i Narrow(__m256i words) {
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
 };
+template <>
+constexpr bool Simd::kEvensOdds<Bf16> = true;

@@ -8,7 +8,9 @@ struct Simd {
   // A register tile of 6 rows x 4 vectors: 24 sums + 4 loads + a broadcast of 32 registers; 24
   // independent FMAs hide 4 cycles x 2 ports.
   static constexpr int kColumns = 4;
-  static constexpr int kDotRows = 4;  // 4 rows x 4 keys of sums in decode
+  // In decode two keys share each load of a query vector: 2 x 8 sums and 8 rotated vectors.
+  static constexpr int kDotKeys = 2;
+  static constexpr int kValueRows = 8;  // rows of decode that P V takes at once
 
   static F Zero() { return _mm512_setzero_ps(); }
   static F Set(float x) { return _mm512_set1_ps(x); }
@@ -33,6 +35,12 @@ struct Simd {
   static void Store(F x, Fp16* p) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+
+  // x in a register from here on: else the compiler reads memory again for every use.
+  static F Hold(F x) {
+    asm("" : "+v"(x));
+    return x;
   }
 
   static F Add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -66,38 +74,56 @@ struct Simd {
     _mm512_mask_storeu_ps(out, 0xff, fn(x, y));
   }
 
-  // Interleaved pairs: (a0, b0, a1, b1, ..).
-  static F SwapPairs(F x) { return _mm512_permute_ps(x, 0xb1); }
-  static F Evens(F x) { return _mm512_moveldup_ps(x); }
-  static F Odds(F x) { return _mm512_movehdup_ps(x); }
-  static F NegateEvens(F x) {
-    return _mm512_castsi512_ps(
-        _mm512_xor_si512(_mm512_castps_si512(x), _mm512_set1_epi64(int64_t{0x80000000})));
+  // 32 elements as two vectors, in lane order: even elements and odd ones where that saves a
+  // conversion (kEvensOdds), else the first 16 and the last.
+  template <typename T>
+  static constexpr bool kEvensOdds = false;
+  template <typename T>
+  static void LoadTwo(const T* p, F* x, F* y) {
+    *x = Load(p), *y = Load(p + 16);
   }
-  // 32 floats at p: the even ones to a, the odd ones to b.
-  static void Split(const float* p, F* a, F* b) {
-    const F x = Load(p), y = Load(p + 16);
+  static void LoadTwo(const Bf16* p, F* x, F* y) {
+    Halves<Bf16>(_mm512_castps_si512(Hold(_mm512_loadu_ps(p))), x, y);
+  }
+  // The even and the odd elements of 16 words of T.
+  template <typename T>
+  static void LoadHalves(const float* words, F* evens, F* odds) {
+    Halves<T>(_mm512_loadu_si512(words), evens, odds);
+  }
+
+  // (x0 .. x15, y0 .. y15) = (a0, b0, a1, b1, ..).
+  static void Unzip(F x, F y, F* a, F* b) {
     const __m512i even =
         _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
     *a = _mm512_permutex2var_ps(x, even, y);
     *b = _mm512_permutex2var_ps(x, _mm512_add_epi32(even, _mm512_set1_epi32(1)), y);
   }
-
-  // The sums of a, b, c and d to p[0..3].
-  static void Sum4(F a, F b, F c, F d, float* p) {
-    const F ab = Add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const F cd = Add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const F abcd = Add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    const __m256 half =
-        _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  static void Zip(F a, F b, F* x, F* y) {
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    *x = _mm512_permutex2var_ps(a, low, b);
+    *y = _mm512_permutex2var_ps(a, _mm512_add_epi32(low, _mm512_set1_epi32(8)), b);
   }
 
-  // out[c * out_stride + r] = in[r * in_stride + c] for 16 x 16.
-  static void Transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  // out[i] = the sum of the 16 floats at in + 16 i, for 16 of them.
+  static void SumLanes(const float* in, float* out) {
+    F x[16];
+    for (int i = 0; i < 16; i += 2) {  // 8 vectors; a lane holds 2 sums of 2
+      const F a = Load(in + 16 * i), b = Load(in + 16 * i + 16);
+      x[i / 2] = Add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    }
+    for (int i = 0; i < 8; i += 2) {  // 4 vectors; a 128-bit lane holds 4 sums of 4
+      x[i / 2] =
+          Add(_mm512_shuffle_ps(x[i], x[i + 1], 0x44), _mm512_shuffle_ps(x[i], x[i + 1], 0xee));
+    }
+    const F a = AddLanes(x[0], x[1]), b = AddLanes(x[2], x[3]);
+    Store(AddLanes(a, b), out);
+  }
+
+  // out[c * out_stride + r] = rows[r][c] for 16 x 16 words.
+  static void Transpose(const float* const* rows, int at, float* out, int64_t out_stride) {
     F x[16], y[16];
     for (int i = 0; i < 16; i += 2) {
-      const F a = Load(in + i * in_stride), b = Load(in + (i + 1) * in_stride);
+      const F a = Load(rows[i] + at), b = Load(rows[i + 1] + at);
       x[i] = _mm512_unpacklo_ps(a, b);
       x[i + 1] = _mm512_unpackhi_ps(a, b);
     }
@@ -118,4 +144,23 @@ struct Simd {
       Store(_mm512_shuffle_f32x4(b, d, 0xdd), out + (i + 12) * out_stride);
     }
   }
+
+ private:
+  template <typename T>
+  static void Halves(__m512i words, F* evens, F* odds) {
+    if constexpr (__is_same(T, Bf16)) {
+      *evens = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+      *odds = _mm512_castsi512_ps(
+          _mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+    } else {
+      *evens = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
+      *odds = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
+    }
+  }
+  // 128-bit lanes 0 + 1 and 2 + 3 of a, then of b.
+  static F AddLanes(F a, F b) {
+    return Add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
 };
+template <>
+constexpr bool Simd::kEvensOdds<Bf16> = true;

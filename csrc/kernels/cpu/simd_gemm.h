@@ -7,6 +7,8 @@ struct FloatOperands {
   static Simd::F Fma(Simd::F a, Simd::F b, Simd::F c) { return Simd::Fma(a, b, c); }
   // Packs a row of n floats in place.
   static void PackRow(float*, int) {}
+  // Packs rows [0, n) of kKeyTile floats to rows [0, n / kPerWord), in place.
+  static void PackColumns(float*, int) {}
   // Widens V rows [0, n) to v [n / kPerWord, dim] words.
   template <typename T>
   static void PackValues(const T* const* rows, int64_t offset, int n, int dim, float* v) {
@@ -24,19 +26,15 @@ struct OperandsOf {
   using Type = FloatOperands;
 };
 
-// Rows of B one after the other: element (k, column).
+// Rows of B one after the other.
 struct DenseRows {
   const float* data;
   int64_t stride;
-  const float* operator()(int k, int column) const { return data + k * stride + column; }
-};
-
-// Rows of B anywhere, still in the cache's element type.
-template <typename T>
-struct CacheRows {
-  const T* const* rows;
-  int64_t offset;
-  const T* operator()(int k, int column) const { return rows[k] + offset + column; }
+  // N vectors of row k from `column` on.
+  template <int N>
+  void Load(int k, int column, Simd::F* x) const {
+    for (int n = 0; n < N; ++n) x[n] = Simd::Load(data + k * stride + column + n * Simd::kLanes);
+  }
 };
 
 // M rows x N vectors: c = c * keep + a b, with a [M, depth] words, `keep` one factor a row;
@@ -50,7 +48,7 @@ inline void GemmTile(int depth, const float* a, int64_t a_stride, const Rows& b,
   }
   for (int k = 0; k < depth; ++k) {
     Simd::F x[N];
-    for (int n = 0; n < N; ++n) x[n] = Simd::Load(b(k, column + n * Simd::kLanes));
+    b.template Load<N>(k, column, x);
     for (int m = 0; m < M; ++m) {
       const Simd::F factor = Simd::Set(a[m * a_stride + k]);
       for (int n = 0; n < N; ++n) sum[m][n] = Op::Fma(factor, x[n], sum[m][n]);
@@ -67,16 +65,15 @@ inline void GemmTile(int depth, const float* a, int64_t a_stride, const Rows& b,
   }
 }
 
-// All `columns` columns (a multiple of 16) of M rows.
-template <typename Op, int M, typename Rows>
+// All `columns` columns (a multiple of 16) of M rows, N vectors at a time.
+template <typename Op, int M, int N = Simd::kColumns, typename Rows>
 inline void Gemm(int depth, const float* a, int64_t a_stride, const Rows& b, int columns, float* c,
-                 int64_t c_stride, const float* keep) {
-  constexpr int kStep = Simd::kColumns * Simd::kLanes;
-  int column = 0;
+                 int64_t c_stride, const float* keep, int column = 0) {
+  constexpr int kStep = N * Simd::kLanes;
   for (; column + kStep <= columns; column += kStep) {
-    GemmTile<Op, M, Simd::kColumns>(depth, a, a_stride, b, column, c, c_stride, keep);
+    GemmTile<Op, M, N>(depth, a, a_stride, b, column, c, c_stride, keep);
   }
-  for (; column < columns; column += 16) {
-    GemmTile<Op, M, 16 / Simd::kLanes>(depth, a, a_stride, b, column, c, c_stride, keep);
+  if constexpr (kStep > 16) {
+    Gemm<Op, M, N / 2>(depth, a, a_stride, b, columns, c, c_stride, keep, column);
   }
 }

@@ -23,7 +23,7 @@ struct Fp16 {
 
 constexpr int kKeyTile = 64;
 
-// Simd first, simd_attend.h last: each builds on those before it.
+// Each builds on those before it.
 #include CA_SIMD_HEADER
 
 #include "csrc/kernels/cpu/simd_gemm.h"
@@ -33,15 +33,31 @@ constexpr int kKeyTile = 64;
 #include "csrc/kernels/cpu/simd_pairs.h"
 #endif
 
-#include "csrc/kernels/cpu/simd_attend.h"
+#include "csrc/kernels/cpu/simd_task.h"
+
+#include "csrc/kernels/cpu/simd_decode.h"
+#include "csrc/kernels/cpu/simd_extend.h"
+
+// Shorter rows are left to narrower vectors.
+bool Serves(int head_dim) { return head_dim >= 2 * Simd::kLanes && head_dim <= 256; }
 
 int64_t Scratch(const AttnParams& p, int64_t rows) {
-  const int64_t floats = ScratchFloats(p, rows);
-  return CanRotate(p.rope) ? floats : floats + CA_SIMD_NARROWER.scratch_floats(p, rows);
+  const int64_t dim = p.kv.head_dim;
+  if (!Serves(p.kv.head_dim)) return CA_SIMD_NARROWER.scratch_floats(p, rows);
+  const int64_t floats =
+      rows > kMaxDecodeRows ? ExtendScratchFloats(rows, dim) : DecodeScratchFloats(rows, dim);
+  return (floats + 15) / 16 * 16;  // the state behind it begins on a cache line too
+}
+
+template <typename T>
+void AttendRows(const AttnParams& p, const AttnTask& task, const AttnState& state, float* scratch) {
+  const TaskView<T> t(p, task);
+  if (t.rows > kMaxDecodeRows) return Extend(t, state, scratch);
+  return Decode(t, state, scratch);
 }
 
 void Attend(const AttnParams& p, const AttnTask& task, const AttnState& state, float* scratch) {
-  if (!CanRotate(p.rope)) return CA_SIMD_NARROWER.attend(p, task, state, scratch);
+  if (!Serves(p.kv.head_dim)) return CA_SIMD_NARROWER.attend(p, task, state, scratch);
   switch (p.kv.dtype) {
     case DType::kFloat32:
       return AttendRows<float>(p, task, state, scratch);
@@ -112,7 +128,7 @@ void Finish(const AttnParams& p, const AttnTask& task, float* states, int num_sp
 }
 
 void Rope(const RopeApplyParams& p, int64_t begin, int64_t end) {
-  if (!CanRotate(p.rope) || p.head_dim > 256) return CA_SIMD_NARROWER.rope(p, begin, end);
+  if (!Serves(p.head_dim)) return CA_SIMD_NARROWER.rope(p, begin, end);
   switch (p.dtype) {
     case DType::kFloat32:
       return RotateTokens<float>(p, begin, end);

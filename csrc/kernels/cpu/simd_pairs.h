@@ -18,6 +18,17 @@ struct PairOperands {
       _mm512_storeu_si512(x + i / 2, reinterpret_cast<__m512i>(words));
     }
   }
+  // Word (i / 2, j) holds column j of rows i and i + 1.
+  static void PackColumns(float* x, int n) {
+    for (int i = 0; i < n; i += 2) {
+      for (int j = 0; j < kKeyTile; j += 16) {
+        const __m512i even = Round(Simd::Load(x + i * kKeyTile + j));
+        const __m512i odd = Round(Simd::Load(x + (i + 1) * kKeyTile + j));
+        _mm512_storeu_si512(x + i / 2 * kKeyTile + j,
+                            _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      }
+    }
+  }
   // Word (j / 2, i) holds rows j and j + 1 of column i; the row after an odd last one is 0.
   static void PackValues(const Bf16* const* rows, int64_t offset, int n, int dim, float* v) {
     for (int j = 0; j < n; j += 2) {
@@ -30,6 +41,9 @@ struct PairOperands {
   }
 
  private:
+  static __m512i Round(Simd::F x) {
+    return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+  }
   static __m512i Widen(const Bf16* x) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   }
