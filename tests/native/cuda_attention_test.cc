@@ -186,6 +186,18 @@ TEST_P(CudaAttention, TakesRowsThatAreNotAligned) {
   }
 }
 
+TEST(CudaAttentionPlan, IsRefusedWhereNoPlanHasItsSize) {
+  AttnParams p;
+  p.num_rows = 1, p.num_q_heads = p.kv.num_kv_heads = 1, p.kv.head_dim = 64;
+  for (const int64_t size : {0, 5, 13, 15}) {  // no header; no item; half of one, one and a bit
+    p.plan_size = size;
+    EXPECT_GE(CudaAttnWorkspaceBytes(p), 0);
+    const char* error = CudaAttnPaged(p, 1, nullptr, nullptr);
+    ASSERT_NE(error, nullptr) << size;
+    EXPECT_STREQ(error, "plan: was not made by attn_plan for these rows");
+  }
+}
+
 // The usual pipeline: rotate, round to the dtype, attend with rounded weights.
 void CheckAgainstRounding(const AttentionShape& shape) {
   AttentionCase one(shape);

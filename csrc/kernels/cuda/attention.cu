@@ -63,11 +63,15 @@ KernelUses ChooseKernels(const AttnParams& p, int64_t max_q_len) {
 
 int RowBlocks(const KernelUse& use) { return (use.max_rows + use.row_tile - 1) / use.row_tile; }
 
-int64_t NumItems(const AttnParams& p) { return (p.plan_size - kPlanHeaderWords) / kPlanItemWords; }
+// -1: no plan has this size.
+int64_t NumItems(const AttnParams& p) {
+  const int64_t words = p.plan_size - kPlanHeaderWords;
+  return words >= 0 && words % kPlanItemWords == 0 ? words / kPlanItemWords : -1;
+}
 
 // Counters of finished splits.
 int64_t CounterBytes(const AttnParams& p, int row_blocks) {
-  return NumItems(p) * p.kv.num_kv_heads * row_blocks * int64_t{sizeof(int)};
+  return std::max<int64_t>(0, NumItems(p)) * p.kv.num_kv_heads * row_blocks * int64_t{sizeof(int)};
 }
 
 // States of splits.
@@ -87,6 +91,9 @@ int64_t CudaAttnWorkspaceBytes(const AttnParams& params) {
 
 const char* CudaAttnPaged(const AttnParams& params, int max_q_len, void* workspace, void* stream) {
   const int num_items = static_cast<int>(NumItems(params));
+  if (num_items < 0 || (num_items == 0 && params.num_rows > 0)) {
+    return "plan: was not made by attn_plan for these rows";
+  }
   if (num_items == 0) return nullptr;
   const KernelUses chosen = ChooseKernels(params, max_q_len);
   int row_blocks = 0;
