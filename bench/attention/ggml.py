@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attention.cases import Inputs
+from attention.cases import Inputs, in_huge_pages
 from attention.peers import UnavailableError, Way
 
 POINTER, FLOAT32, FLOAT16 = ctypes.c_void_p, 0, 1
@@ -117,7 +117,8 @@ def llama_cpp(inputs: Inputs, folder: Path) -> Way:
         x.transpose(1, 2).contiguous().to(dtype) for x in (inputs.one_k_rotated, inputs.one_v)
     )
     graphs = [
-        Graph(library, q, k.clone(), v.clone(), mask, inputs.scale) for _ in range(inputs.sets)
+        Graph(library, q, in_huge_pages(k), in_huge_pages(v), mask, inputs.scale)
+        for _ in range(inputs.sets)
     ]
 
     def rows(out: Tensor) -> Tensor:

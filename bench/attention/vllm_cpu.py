@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from attention.cases import Inputs
+from attention.cases import Inputs, in_huge_pages
 from attention.peers import UnavailableError, Way
 
 BLOCK = 128
@@ -44,7 +44,7 @@ def vllm(inputs: Inputs, folder: Path) -> Way:
     size = (case.batch * blocks, shape.kv_heads, 2 * BLOCK, shape.dim)
     caches = []
     for _ in range(inputs.sets):
-        k, v = torch.zeros(size, dtype=inputs.dtype).chunk(2, dim=2)
+        k, v = in_huge_pages(torch.zeros(size, dtype=inputs.dtype)).chunk(2, dim=2)
         vllm_ops.cpu_attn_reshape_and_cache(k_rows, v_rows, k, v, slots, isa, 1.0, 1.0, "auto")
         caches.append((k, v))
     q = inputs.to_rows(inputs.q_rotated)

@@ -33,7 +33,7 @@ inline Rotation RotationOf(const RopeTables& rope) {
   if (rope.interleaved) {
     return rope.rotary_dim % kStep == 0 ? Rotation::kNeighbours : Rotation::kRows;
   }
-  return NumPairs(rope) % kStep == 0 ? Rotation::kHalves : Rotation::kRows;
+  return NumPairs(rope) % Simd::kLanes == 0 ? Rotation::kHalves : Rotation::kRows;
 }
 
 inline int64_t DecodeScratchFloats(int64_t rows, int64_t dim) {
@@ -89,12 +89,13 @@ inline void FillAngles(const RopeTables& rope, const DecodeScratch& scratch) {
     float* angles = scratch.angles + (j / kKeys * width * kKeys + j % kKeys * kLanes) * 2;
     for (int i = 0; i < width; i += kLanes, angles += kKeys * 2 * kLanes) {
       Simd::F c[2] = {Simd::Load(scratch.cosine + i)}, s[2] = {Simd::Load(scratch.sine + i)};
-      if constexpr (kRotation == Rotation::kHalves) {
-        const int even = i / (2 * kLanes) * 2 * kLanes;
+      const int even = i / (2 * kLanes) * 2 * kLanes;
+      const bool zipped = kRotation == Rotation::kHalves && even + 2 * kLanes <= width;
+      if (zipped) {
         LoadLanes<T>(scratch.cosine + even, &c[0], &c[1]);
         LoadLanes<T>(scratch.sine + even, &s[0], &s[1]);
       }
-      const int half = kRotation == Rotation::kHalves ? i / kLanes % 2 : 0;
+      const int half = zipped ? i / kLanes % 2 : 0;
       Simd::Store(c[half], angles);
       Simd::Store(s[half], angles + kLanes);
     }
@@ -111,10 +112,13 @@ inline void OrderQuery(const float* row, int dim, int width, int stride, float* 
   };
   int i = 0;
   Simd::F a[2], b[2];
-  for (; kRotation == Rotation::kHalves && i < width; i += kStep) {
+  for (; kRotation == Rotation::kHalves && i + kStep <= width; i += kStep) {
     LoadLanes<T>(row + i, &a[0], &a[1]);
     LoadLanes<T>(row + width + i, &b[0], &b[1]);
     put(a[0]), put(b[0]), put(a[1]), put(b[1]);
+  }
+  if (kRotation == Rotation::kHalves && i < width) {
+    put(Simd::Load(row + i)), put(Simd::Load(row + width + i));
   }
   if (kRotation == Rotation::kHalves) i = 2 * width;
   for (; kRotation == Rotation::kNeighbours && i < 2 * width; i += kStep) {
@@ -193,13 +197,18 @@ inline void DotKeys(const T* const* x, int dim, int width, const float* angles, 
   Simd::F a[2][K], b[2][K];
   int i = 0;
   if constexpr (kRotation == Rotation::kHalves) {
-    for (; i < width; i += kStep) {
+    for (; i + kStep <= width; i += kStep) {
       for (int k = 0; k < K; ++k) {
         Simd::LoadTwo(x[k] + i, &a[0][k], &a[1][k]);
         Simd::LoadTwo(x[k] + width + i, &b[0][k], &b[1][k]);
       }
       rotate(a[0], b[0]);
       rotate(a[1], b[1]);
+    }
+    if (i < width) {
+      for (int k = 0; k < K; ++k)
+        a[0][k] = Simd::Load(x[k] + i), b[0][k] = Simd::Load(x[k] + width + i);
+      rotate(a[0], b[0]);
     }
     i = 2 * width;
   } else if constexpr (kRotation == Rotation::kNeighbours) {
@@ -320,7 +329,6 @@ inline void DecodeKeys(const TaskView<T>& t, const AttnState& state, const Decod
   int n = t.KeyRows(first, rows[0]), now = 0;
   for (int64_t base = first; base < t.task.kv_end; base += kKeyTile, now ^= 1) {
     const int next_n = t.KeyRows(base + kKeyTile, rows[now ^ 1]);
-    PrefetchPages(t, rows[now ^ 1], next_n);
     for (int j = 0; j < n; j += AngleKeys(kRotation)) {
       if (kRotation == Rotation::kRows || (base + j - first) % kAdvanceKeys == 0) {
         RotateQueries<kRotation>(t, base + j, scratch);

@@ -173,7 +173,6 @@ inline void Extend(const TaskView<T>& t, const AttnState& state, float* memory) 
     PrepareTile<Op>(t, base, rows, n, scratch);
     const int now_n = n;
     n = t.KeyRows(base + kKeyTile, rows);
-    PrefetchPages(t, rows, n);
     // Rows before the tile see none of it.
     const int64_t hidden = (base - t.first_position) * t.group;
     const int begin = hidden > 0 ? static_cast<int>(hidden / kRowTile * kRowTile) : 0;

@@ -82,21 +82,9 @@ class Arena {
   float* next_;
 };
 
-// Asks for the cache lines of n elements at x.
+// Asks for the cache lines of n elements at x, into the second-level cache: K and V of a tile would
+// take most of the first one, and they are needed a phase later.
 template <typename T>
 inline void Prefetch(const T* x, int n) {
-  for (int i = 0; i < n; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(x + i);
-}
-
-// Asks for the beginning of each page of K and V of a tile's n rows, one tile ahead. K of one head
-// and tile is some 4 KiB pages, the next head's lie elsewhere, and the hardware's prefetchers stop
-// at the end of a page: this walks the page tables early and sets them going.
-template <typename T>
-inline void PrefetchPages(const TaskView<T>& t, const T* const* rows, int n) {
-  const int row_bytes = t.dim * static_cast<int>(sizeof(T));
-  for (int j = 0; j < n; ++j) {
-    if (j * row_bytes % 4096 >= 256) continue;
-    Prefetch(rows[j], t.dim);
-    Prefetch(rows[j] + t.p.kv.kv_stride, t.dim);
-  }
+  for (int i = 0; i < n; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(x + i, 0, 2);
 }
