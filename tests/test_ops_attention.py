@@ -42,6 +42,12 @@ def test_flags_over_many_splits(q_len, flags, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("flags", [{}, {"window": 1500}])
+def test_more_splits_than_cpu_tasks(flags, dtype, device):
+    check(Case([1, 40, 130], [2900, 2500, 4200], (6, 2), dtype=dtype, device=device, **flags))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_all_flags_together(dtype, device):
     flags = {"window": 77, "softcap": 2.0, "sinks": True}
     check(Case([5, 80], [600, 300], dtype=dtype, device=device, **flags))

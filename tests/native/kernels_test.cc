@@ -59,9 +59,9 @@ class Batch {
       inv_freq.push_back(std::pow(10000., -2. * i / shape.rotary_dim));
     }
     lo_.resize(256 * shape.rotary_dim);
-    hi_.resize(8 * shape.rotary_dim);
+    hi_.resize(12 * shape.rotary_dim);
     RopeTable(inv_freq.data(), shape.rotary_dim / 2, 256, 1, lo_.data());
-    RopeTable(inv_freq.data(), shape.rotary_dim / 2, 8, 256, hi_.data());
+    RopeTable(inv_freq.data(), shape.rotary_dim / 2, 12, 256, hi_.data());
     plan_ = MakeAttnPlan(cu_q_.data(), shape.kv_lens.data(), static_cast<int>(shape.q_lens.size()),
                          shape.q_heads / shape.kv_heads, 2);
   }
@@ -95,7 +95,7 @@ class Batch {
             shape_.kv_heads * head,
             head,
             shape_.head_dim};
-    p.rope = {lo_.data(), hi_.data(), 8, shape_.rotary_dim, shape_.interleaved};
+    p.rope = {lo_.data(), hi_.data(), 12, shape_.rotary_dim, shape_.interleaved};
     p.sm_scale = 1.f / std::sqrt(static_cast<float>(shape_.head_dim));
     p.window = shape_.window;
     p.softcap = shape_.softcap;
@@ -139,7 +139,7 @@ TEST_P(KernelsTest, ThreadsDoNotChangeABit) {
 
 INSTANTIATE_TEST_SUITE_P(Shapes, KernelsTest,
                          testing::Values(Shape{{1}, {1}}, Shape{{1}, {65}}, Shape{{1, 1}, {0, 700}},
-                                         Shape{{3}, {515}, 9, 3},
+                                         Shape{{3}, {515}, 9, 3}, Shape{{1, 20}, {2900, 2400}},
                                          Shape{{70}, {70}, 6, 2, 80, 32, 80},
                                          Shape{{65, 5}, {600, 2}, 7, 1, 96, 128, 32, true},
                                          Shape{{10}, {90}, 2, 2, 16, 16, 16},
