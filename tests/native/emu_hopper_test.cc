@@ -10,6 +10,7 @@
 #include "csrc/emu/device_sm90.h"
 #include "csrc/emu/launch.h"
 #include "csrc/kernels/cuda/tensor_map.h"
+#include "tests/native/testing/elements.h"
 
 namespace cachedattn::cuda {
 namespace {
@@ -26,15 +27,6 @@ std::string EverErrorOf(void (*kernel)(), int threads = 128) {
     if (error != nullptr) return error;
   }
   return "";
-}
-
-template <typename T>
-std::vector<T> RandomElements(int n, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal;
-  std::vector<T> values(n);
-  for (T& value : values) value.bits = emu::ToBits<T>(normal(generator));
-  return values;
 }
 
 // ---- TMA ----

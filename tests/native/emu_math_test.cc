@@ -9,18 +9,10 @@
 #include <vector>
 
 #include "csrc/emu/launch.h"
+#include "tests/native/testing/elements.h"
 
 namespace cachedattn::cuda {
 namespace {
-
-template <typename T>
-std::vector<T> RandomElements(int n, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal;
-  std::vector<T> values(n);
-  for (T& value : values) value.bits = emu::ToBits<T>(normal(generator));
-  return values;
-}
 
 uint32_t Word(const uint16_t* elements) { return elements[0] | uint32_t{elements[1]} << 16; }
 

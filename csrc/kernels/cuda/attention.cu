@@ -30,16 +30,15 @@ int MaxItemRows(const AttnParams& p, int64_t max_q_len) {
 // The tensor core kernels read whole 16-byte chunks of rows and of angles, and rotate chunks with
 // chunks.
 bool FitsTensorCores(const AttnParams& p) {
-  const int dim = p.kv.head_dim, pairs = p.rope.rotary_dim / 2;
-  const bool known = dim == 64 || dim == 80 || dim == 96 || dim == 128 || dim == 256;
+  const int pairs = p.rope.rotary_dim / 2;
   const int64_t strides = p.kv.slot_stride | p.kv.kv_stride | p.kv.head_stride | p.kv.token_stride |
                           p.q_token_stride | p.out_token_stride;
   const uint64_t addresses = reinterpret_cast<uint64_t>(p.kv.data) |
                              reinterpret_cast<uint64_t>(p.q) | reinterpret_cast<uint64_t>(p.out) |
                              reinterpret_cast<uint64_t>(p.rope.lo) |
                              reinterpret_cast<uint64_t>(p.rope.hi);
-  return p.kv.dtype != DType::kFloat32 && known && (p.rope.interleaved || pairs % 8 == 0) &&
-         strides % 8 == 0 && addresses % 16 == 0;
+  return p.kv.dtype != DType::kFloat32 && cuda::IsTensorCoreDim(p.kv.head_dim) &&
+         (p.rope.interleaved || pairs % 8 == 0) && strides % 8 == 0 && addresses % 16 == 0;
 }
 
 // An item's kernel depends on its own rows alone, never on max_q_len: a sequence's output must not

@@ -363,30 +363,15 @@ AttnExtend(CA_GRID_CONSTANT AttnLaunch launch) {
   FinishRows<T, D>(launch, &rows, queries);
 }
 
-template <typename T, int D>
-const char* LaunchExtendShape(const AttnLaunch& launch, int num_items, void* stream) {
-  const Index3 grid = {num_items, launch.p.kv.num_kv_heads * launch.row_blocks, 1};
-  return Launch(AttnExtend<T, D>, grid, kExtendThreads, ExtendShape<D>::kSharedBytes, stream,
-                launch);
-}
-
 // For elements T, by head_dim.
 template <typename T>
 const char* LaunchExtendOf(const AttnLaunch& launch, int num_items, void* stream) {
-  switch (launch.p.kv.head_dim) {
-    case 64:
-      return LaunchExtendShape<T, 64>(launch, num_items, stream);
-    case 80:
-      return LaunchExtendShape<T, 80>(launch, num_items, stream);
-    case 96:
-      return LaunchExtendShape<T, 96>(launch, num_items, stream);
-    case 128:
-      return LaunchExtendShape<T, 128>(launch, num_items, stream);
-    case 256:
-      return LaunchExtendShape<T, 256>(launch, num_items, stream);
-    default:
-      return "the extend kernel has no such head_dim";
-  }
+  return WithTensorCoreDim(launch.p.kv.head_dim, [&](auto dim) {
+    constexpr int D = decltype(dim)::value;
+    const Index3 grid = {num_items, launch.p.kv.num_kv_heads * launch.row_blocks, 1};
+    return Launch(AttnExtend<T, D>, grid, kExtendThreads, ExtendShape<D>::kSharedBytes, stream,
+                  launch);
+  });
 }
 
 }  // namespace cachedattn::cuda

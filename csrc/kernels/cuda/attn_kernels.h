@@ -2,9 +2,34 @@
 // its range and leaves the others alone, so that one call may mix decode, extend and prefill.
 #pragma once
 
+#include <type_traits>
+
 #include "csrc/kernels/cuda/attn_tile.h"
 
 namespace cachedattn::cuda {
+
+// What the decode and extend kernels are compiled for.
+constexpr bool IsTensorCoreDim(int head_dim) {
+  return head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128 || head_dim == 256;
+}
+// fn(std::integral_constant<int, head_dim>), which returns an error or nullptr.
+template <typename Fn>
+const char* WithTensorCoreDim(int head_dim, const Fn& fn) {
+  switch (head_dim) {
+    case 64:
+      return fn(std::integral_constant<int, 64>{});
+    case 80:
+      return fn(std::integral_constant<int, 80>{});
+    case 96:
+      return fn(std::integral_constant<int, 96>{});
+    case 128:
+      return fn(std::integral_constant<int, 128>{});
+    case 256:
+      return fn(std::integral_constant<int, 256>{});
+    default:
+      return "the tensor core kernels have no such head_dim";
+  }
+}
 
 // Any shape and float32, on CUDA cores: every other kernel's fallback.
 const char* LaunchPlain(const AttnLaunch& launch, int num_items, void* stream);
