@@ -4,6 +4,7 @@
 #define OPENSSL_SUPPRESS_DEPRECATED
 #include <openssl/sha.h>
 
+#include <algorithm>
 #include <bit>
 #include <new>
 
@@ -80,6 +81,13 @@ Digest KeyHasher::Finish() {
 
 BlockKey RootKey(const Digest& identity, std::string_view tenant) {
   return KeyHasher().Bytes(kTagIdentity, identity.bytes).Text(kTagTenant, tenant).Finish();
+}
+
+TenantId TenantIdOf(std::string_view tenant) {
+  const Digest digest = KeyHasher().Text(kTagTenant, tenant).Finish();
+  TenantId id;
+  std::copy_n(digest.bytes.begin(), id.size(), id.begin());
+  return id;
 }
 
 BlockKey ChildKey(const BlockKey& parent, std::span<const Cut> cuts,

@@ -31,6 +31,9 @@ struct DigestHash {
   }
 };
 
+// Who owns a block: a digest of the tenant's name.
+using TenantId = std::array<uint8_t, 16>;
+
 // One overflow cut: `num_blocks` blocks left the context, from index `first_block` of the block
 // list as it stood then (design D4).
 struct Cut {
@@ -58,6 +61,8 @@ class CA_API KeyHasher {
 // Key of the root that a conversation's first block chains to.
 // `identity` covers the weights, dtype, layout and RoPE parameters.
 CA_API BlockKey RootKey(const Digest& identity, std::string_view tenant);
+
+CA_API TenantId TenantIdOf(std::string_view tenant);
 
 // Key of a block with `tokens` (1 to block_size of them) after `parent`, with the cuts that were
 // made between the parent and this block.

@@ -44,8 +44,8 @@ class StoreImpl final : public AttentionStore {
 
   std::shared_ptr<Chain> NewChain(std::string_view tenant, const Truncation& truncation) override {
     const StoreOptions& options = core_->options;
-    return std::make_shared<Chain>(RootKey(options.identity, tenant), options.layout.block_size,
-                                   truncation);
+    return std::make_shared<Chain>(TenantIdOf(tenant), RootKey(options.identity, tenant),
+                                   options.layout.block_size, truncation);
   }
 
   void SetQueue(std::span<const Chain* const> waiting) override {

@@ -28,8 +28,9 @@ Status Truncation::Validate(uint32_t block_size) const {
   return Status();
 }
 
-Chain::Chain(const BlockKey& root, uint32_t block_size, const Truncation& truncation)
-    : root_(root), block_size_(block_size), truncation_(truncation) {
+Chain::Chain(const TenantId& tenant, const BlockKey& root, uint32_t block_size,
+             const Truncation& truncation)
+    : tenant_(tenant), root_(root), block_size_(block_size), truncation_(truncation) {
   if (truncation.window == 0) return;
   CA_CHECK(truncation.Validate(block_size).ok());
   window_blocks_ = truncation.window / block_size;

@@ -28,13 +28,16 @@ struct Truncation {
 
 class CA_API Chain {
  public:
-  Chain(const BlockKey& root, uint32_t block_size, const Truncation& truncation);
+  // `root` is the root key of `tenant`.
+  Chain(const TenantId& tenant, const BlockKey& root, uint32_t block_size,
+        const Truncation& truncation);
 
   void Append(std::span<const TokenId> tokens);
 
   uint32_t num_tokens() const { return static_cast<uint32_t>(tokens_.size()); }
   std::span<const TokenId> tokens() const { return tokens_; }
   uint32_t num_full_blocks() const { return static_cast<uint32_t>(keys_.size()); }
+  const TenantId& tenant() const { return tenant_; }
   uint32_t block_size() const { return block_size_; }
   const Truncation& truncation() const { return truncation_; }
 
@@ -54,6 +57,7 @@ class CA_API Chain {
  private:
   void ExtendKeys();
 
+  TenantId tenant_;
   BlockKey root_;
   uint32_t block_size_;
   Truncation truncation_;

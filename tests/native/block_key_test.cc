@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 #include <vector>
 
@@ -27,6 +28,16 @@ TEST(BlockKey, PinnedVectors) {
   const std::vector<Cut> cuts = {{1, 4}, {1, 2}};
   EXPECT_EQ(ChildKey(root, cuts, tokens).Hex(),
             "999920a8c527abeeb63ade25b215f73ec02ccc3cb4a3692cd1cb6e54c0545201");
+}
+
+TEST(BlockKey, PinnedTenants) {
+  const auto hex = [](const TenantId& id) {
+    Digest digest;
+    std::ranges::copy(id, digest.bytes.begin());
+    return digest.Hex().substr(0, 2 * id.size());
+  };
+  EXPECT_EQ(hex(TenantIdOf("tenant-1")), "27fbd2b3bb854518713fdf125d5dff9c");
+  EXPECT_EQ(hex(TenantIdOf("")), "e6c04af639326a480aa22df55e75725b");
 }
 
 TEST(BlockKey, EveryFieldCounts) {

@@ -9,7 +9,7 @@ namespace cachedattn {
 namespace {
 
 Chain ChainOf(const Tokens& tokens, const Truncation& truncation, const char* tenant = "t") {
-  Chain chain(RootKey({}, tenant), kBlock, truncation);
+  Chain chain(TenantIdOf(tenant), RootKey({}, tenant), kBlock, truncation);
   chain.Append(tokens);
   return chain;
 }
@@ -48,7 +48,7 @@ TEST(ChainTest, AppendingInPiecesMakesTheSameKeys) {
   const Tokens tokens = MakeTokens(10 * kBlock + 3, 1);
   const Truncation truncation{4 * kBlock, 0.5, 0};
   const Chain whole = ChainOf(tokens, truncation);
-  Chain pieces(RootKey({}, "t"), kBlock, truncation);
+  Chain pieces(TenantIdOf("t"), RootKey({}, "t"), kBlock, truncation);
   for (size_t i = 0; i < tokens.size(); i += 7) {
     pieces.Append(std::span(tokens).subspan(i, std::min<size_t>(7, tokens.size() - i)));
   }
