@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -19,8 +19,12 @@ from cachedattn.demo import conversation
 from cachedattn.engine import Engine
 from cachedattn.sampling import SamplingParams
 
+if TYPE_CHECKING:
+    from cachedattn._core import TraceEvent
+
 SOURCES = ("recompute", "floor", "dram", "ssd")
 ONE_TOKEN = SamplingParams(max_tokens=1)
+STALL_SLACK = 1.15  # a cold turn may stall so many times what overlap cannot hide
 
 
 def token_ids(engine: Engine, count: int) -> list[int]:
@@ -31,22 +35,35 @@ def token_ids(engine: Engine, count: int) -> list[int]:
     return (ids * (count // len(ids) + 1))[:count]
 
 
-def floor_seconds(engine: Engine, prompt: list[int], history: int) -> tuple[float, int]:
-    """Seconds and first token of the new tokens alone: the history is in the slots, found,
-    pinned and loaded before the clock starts, so nothing is looked up or moved under it."""
+def read_then_compute(engine: Engine, prompt: list[int], history: int) -> tuple[float, float, int]:
+    """Seconds to bring the whole history into the slots, seconds of the new tokens alone after
+    it, and the first token: the two that a cold turn overlaps, one after the other."""
     request = engine.add_request(prompt, ONE_TOKEN)
+    begin = time.perf_counter()
     work = engine.scheduler.schedule()
     for layer in range(len(engine.store.kv)):
-        if request.sequence.loading:
-            request.sequence.wait_layer(layer)
+        if request.sequence.loading and not request.sequence.wait_layer(layer):
+            raise RuntimeError("floor: the history cannot be read")
+    read_s = time.perf_counter() - begin
     if [num_tokens for _, num_tokens in work] != [len(prompt) - history]:
         raise RuntimeError(f"floor: {work[0][1]} tokens left to compute")
     begin = time.perf_counter()
     logits = engine.model.forward(make_batch(work, engine.store))
     token = request.sampler(logits[-1])
-    seconds = time.perf_counter() - begin
+    compute_s = time.perf_counter() - begin
     engine.abort(request)
-    return seconds, token
+    return read_s, compute_s, token
+
+
+def layer_waits(trace: list[TraceEvent]) -> list[float]:
+    """Seconds of every `wait_layer`, in order."""
+    waits, begin = [], 0
+    for event in trace:
+        if event.kind == "wait_start":
+            begin = event.time_ns
+        elif event.kind == "wait_end":
+            waits.append((event.time_ns - begin) / 1e9)
+    return waits
 
 
 def leave_history(engine: Engine, history: list[int], tier: str) -> None:
@@ -72,28 +89,35 @@ def leave_history(engine: Engine, history: list[int], tier: str) -> None:
 
 def trial(
     source: str, baseline: Engine, store: Engine, prompt: list[int], history: int
-) -> tuple[float, int]:
-    """Seconds to the first token, and the token. RuntimeError: the history came from elsewhere,
-    so the figure would be of something else."""
+) -> tuple[dict[str, float], int]:
+    """Seconds to the first token and of its parts, and the token. RuntimeError: the history came
+    from elsewhere, so the figure would be of something else."""
     if source == "recompute":
         reply = run(baseline, baseline.add_request(prompt, ONE_TOKEN))
-        return reply.ttft_s, reply.token_ids[0]
-    leave_history(store, prompt[:history], "ssd" if source == "ssd" else "dram")
+        return {"ttft_s": reply.ttft_s}, reply.token_ids[0]
+    leave_history(store, prompt[:history], "dram" if source == "dram" else "ssd")
     if source == "floor":
-        return floor_seconds(store, prompt, history)
+        read_s, compute_s, token = read_then_compute(store, prompt, history)
+        return {"ttft_s": compute_s, "ssd_read_s": read_s}, token
+    store.store.enable_trace(source == "ssd")
     reply = run(store, store.add_request(prompt, ONE_TOKEN))
     if reply.cached_from[source] != history:
         raise RuntimeError(f"{source}: the history of {history} came from {reply.cached_from}")
-    return reply.ttft_s, reply.token_ids[0]
+    times = {"ttft_s": reply.ttft_s}
+    if source == "ssd":
+        waits = layer_waits(store.store.take_trace())
+        times |= {"first_layer_wait_s": waits[0], "total_stall_s": sum(waits)}
+        store.store.enable_trace(False)
+    return times, reply.token_ids[0]
 
 
 def measure(
     baseline: Engine, store: Engine, history: int, new: int, repeats: int, bar: Progress
-) -> tuple[dict[str, list[float]], bool]:
-    """Seconds of every round by source, and whether the first tokens agree, near ties apart."""
+) -> tuple[dict[str, list[dict[str, float]]], bool]:
+    """Every round's times by source, and whether the first tokens agree, near ties apart."""
     ids = token_ids(baseline, history + new + repeats)
     store.scheduler.max_history = history  # other trials leave the new tokens' blocks behind
-    times: dict[str, list[float]] = {source: [] for source in SOURCES}
+    times: dict[str, list[dict[str, float]]] = {source: [] for source in SOURCES}
     agree = True
     task = bar.add_task(f"history {history:,}", total=(repeats + 1) * len(SOURCES))
     for number in range(repeats + 1):
@@ -111,20 +135,37 @@ def measure(
     return times, agree
 
 
-def rows_of(history: int, new: int, times: dict[str, list[float]]) -> list[dict[str, Any]]:
+def overlap_of(ssd: list[dict[str, float]], floor: list[dict[str, float]]) -> dict[str, float]:
+    """How well a cold turn hid the disk behind the computation: medians over the rounds."""
+    overlap = {
+        name: statistics.median(times[name] for times in ssd)
+        for name in ("first_layer_wait_s", "total_stall_s")
+    }
+    overlap["ssd_read_s"] = statistics.median(times["ssd_read_s"] for times in floor)
+    overlap["compute_s"] = statistics.median(times["ttft_s"] for times in floor)
+    overlap["stall_bound_s"] = STALL_SLACK * max(0.0, overlap["ssd_read_s"] - overlap["compute_s"])
+    return overlap
+
+
+def rows_of(
+    history: int, new: int, times: dict[str, list[dict[str, float]]]
+) -> list[dict[str, Any]]:
     """One result per source: medians, and medians of the rounds' ratios."""
+    ttft = {source: [part["ttft_s"] for part in times[source]] for source in SOURCES}
     rows = []
     for source in SOURCES:
         row: dict[str, Any] = {"history": history, "new": new, "source": source}
-        row["ttft_s"] = statistics.median(times[source])
+        row["ttft_s"] = statistics.median(ttft[source])
         for other in ("recompute", "floor"):
-            pairs = zip(times[source], times[other], strict=True)
+            pairs = zip(ttft[source], ttft[other], strict=True)
             row[f"ratio_to_{other}"] = statistics.median(a / b for a, b in pairs)
+        if source == "ssd":
+            row |= overlap_of(times["ssd"], times["floor"])
         rows.append(row)
     return rows
 
 
-def print_table(rows: list[dict[str, Any]], title: str, io_report: str) -> None:
+def print_tables(rows: list[dict[str, Any]], title: str, io_report: str) -> None:
     """The results for people."""
     table = Table(title=title, caption=f"SSD: {io_report}")
     for name in ("history", "new", "source", "TTFT, s", "/ recompute", "/ floor"):
@@ -139,6 +180,15 @@ def print_table(rows: list[dict[str, Any]], title: str, io_report: str) -> None:
             f"{row['ratio_to_floor']:.3f}",
             end_section=row["source"] == SOURCES[-1],
         )
+    Console().print(table)
+    caption = f"bound: {STALL_SLACK} x what computing cannot hide of the read"
+    table = Table(title="The turn from a cold SSD: seconds that layers waited", caption=caption)
+    for name in ("history", "first layer", "all layers", "bound", "SSD read", "compute"):
+        table.add_column(name, justify="right")
+    names = ("first_layer_wait_s", "total_stall_s", "stall_bound_s", "ssd_read_s", "compute_s")
+    for row in rows:
+        if row["source"] == "ssd":
+            table.add_row(f"{row['history']:,}", *(f"{row[name]:.4f}" for name in names))
     Console().print(table)
 
 
@@ -174,7 +224,7 @@ def run_ttft(
                     print(json.dumps(row), flush=True)
     if not as_json:
         title = f"Time to first token, {path.stem}, {dtype}, medians of {repeats} rounds"
-        print_table(rows, title, io_report)
+        print_tables(rows, title, io_report)
     if not agree:
         Console(stderr=True).print("First tokens differ by more than a near tie.")
     return 0 if agree else 1

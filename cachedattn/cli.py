@@ -151,8 +151,9 @@ def ttft(
 ) -> None:
     """Time to first token with the history recomputed, in place, in DRAM and on a cold SSD.
 
-    The four take turns, so that a slow minute of the machine hits them alike. Exit code 1 if
-    their first tokens differ by more than a near tie.
+    The four take turns, so that a slow minute of the machine hits them alike. For the cold SSD
+    also: how long layers waited for their history, beside reading and computing alone. Exit
+    code 1 if the first tokens differ by more than a near tie.
     """
     from cachedattn.bench import run_ttft
 

@@ -142,6 +142,12 @@ def test_bench_ttft_prints_a_line_per_source(
     assert [row["history"] for row in rows] == [100] * 4 + [150] * 4
     for row in rows:
         keys = ["history", "new", "source", "ttft_s", "ratio_to_recompute", "ratio_to_floor"]
+        if row["source"] == "ssd":
+            keys += ["first_layer_wait_s", "total_stall_s", "ssd_read_s", "compute_s"]
+            keys += ["stall_bound_s"]
+            assert 0 < row["first_layer_wait_s"] <= row["total_stall_s"] < row["ttft_s"]
+            hidden = min(row["ssd_read_s"], row["compute_s"])
+            assert row["stall_bound_s"] == pytest.approx(1.15 * (row["ssd_read_s"] - hidden))
         assert list(row) == keys and row["new"] == 48
     assert rows[0]["ratio_to_recompute"] == rows[1]["ratio_to_floor"] == 1
     assert list(tmp_path.iterdir()) == []
