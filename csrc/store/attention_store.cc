@@ -101,11 +101,12 @@ Result<std::unique_ptr<AttentionStore>> OpenStoreOn(const StoreOptions& options,
   if (Status status = Validate(options); !status.ok()) return status;
   Tiers tiers;
   tiers.layout = options.layout;
-  auto dram = MemoryTier::Open(Tier::kDram, options.dram_bytes, options.layout);
+  auto dram = MemoryTier::Open(Tier::kDram, options.dram_bytes, options.layout, options.poison);
   if (!dram.ok()) return dram.status();
   tiers.dram = std::move(dram.value());
   if (options.device_bytes != 0) {
-    auto device = MemoryTier::Open(Tier::kDevice, options.device_bytes, options.layout);
+    auto device =
+        MemoryTier::Open(Tier::kDevice, options.device_bytes, options.layout, options.poison);
     if (!device.ok()) return device.status();
     tiers.device = std::move(device.value());
     tiers.copy = std::move(copy);

@@ -37,6 +37,8 @@ struct StoreOptions {
   double dram_reserve = 0.1;  // share of DRAM slots kept free so that a fetch never waits
   IoKind io = IoKind::kAuto;
   uint32_t io_depth = 64;
+  bool poison =
+      false;  // free slots hold NaN: for tests and to find a stray read; costs memory rate
   std::function<void(uint64_t done, uint64_t total)> progress;  // of the scan at open
 };
 

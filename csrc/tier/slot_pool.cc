@@ -15,7 +15,8 @@ void Slot::Retire() {
   id_ = kNoSlot;
 }
 
-SlotPool::SlotPool(uint32_t num_slots) : free_(num_slots), position_(num_slots) {
+SlotPool::SlotPool(uint32_t num_slots, std::function<void(SlotId, bool taken)> watch)
+    : free_(num_slots), position_(num_slots), watch_(std::move(watch)) {
   for (uint32_t i = 0; i < num_slots; ++i) {
     free_[i] = num_slots - 1 - i;  // so that the lowest place is taken first
     position_[free_[i]] = i;
@@ -33,11 +34,13 @@ Slot SlotPool::TakeAt(SlotId id) {
     free_[hole] = last;
     position_[last] = hole;
   }
+  if (watch_) watch_(id, true);
   return Slot(this, id);
 }
 
 void SlotPool::Return(SlotId id) {
   CA_CHECK(!is_free(id));
+  if (watch_) watch_(id, false);
   position_[id] = num_free();
   free_.push_back(id);
 }

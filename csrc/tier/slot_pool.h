@@ -1,6 +1,7 @@
 // SlotPool: the places of one tier. Each is free, retired, or owned by exactly one Slot.
 #pragma once
 
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -45,7 +46,8 @@ class Slot {
 // Not thread-safe: belongs to the store's control thread. Outlives its Slots.
 class SlotPool {
  public:
-  explicit SlotPool(uint32_t num_slots);
+  // `watch`, if given, is told of every place that is taken, and of every one that comes back.
+  explicit SlotPool(uint32_t num_slots, std::function<void(SlotId, bool taken)> watch = nullptr);
   SlotPool(const SlotPool&) = delete;
   SlotPool& operator=(const SlotPool&) = delete;
 
@@ -66,6 +68,7 @@ class SlotPool {
   std::vector<SlotId> free_;        // a stack: the warmest place is taken first
   std::vector<uint32_t> position_;  // of each place in free_; kNoSlot: not free
   uint32_t num_retired_ = 0;
+  const std::function<void(SlotId, bool taken)> watch_;
 };
 
 }  // namespace cachedattn

@@ -2,8 +2,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <set>
+#include <span>
 
 #include "csrc/tier/memory_tier.h"
 
@@ -71,6 +73,25 @@ TEST(MemoryTierTest, SlotsAreAlignedAndApart) {
   auto device = MemoryTier::Open(Tier::kDevice, layout.payload_bytes(), layout);
   ASSERT_TRUE(device.ok());
   EXPECT_EQ(device.value()->payload(0), device.value()->slot(0));
+}
+
+TEST(MemoryTierTest, AFreePlaceHoldsPoison) {
+  const KvLayout layout{2, 1, 16, 16, DType::kBFloat16};
+  auto tier = MemoryTier::Open(Tier::kDram, layout.host_slot_bytes(), layout, /*poison=*/true);
+  ASSERT_TRUE(tier.ok());
+  MemoryTier& memory = *tier.value();
+  const auto is_poison = [&] {
+    return std::ranges::all_of(std::span(memory.payload(0), layout.slice_bytes()),
+                               [](std::byte b) { return b == std::byte{0xFF}; });
+  };
+  Slot slot = memory.slots().Take();
+  EXPECT_TRUE(is_poison()) << "not yet written";
+  std::memset(memory.slot(0), 1, layout.host_slot_bytes());
+  slot.Release();
+  EXPECT_TRUE(is_poison()) << "free again";
+  EXPECT_EQ(memory.slot(0)[0], std::byte{1}) << "the header page is not K or V";
+  memory.payload(0)[layout.slice_stride() + 3] = std::byte{0};
+  EXPECT_DEATH((void)memory.slots().Take(), "IsPoison");
 }
 
 }  // namespace
