@@ -48,12 +48,21 @@ inline std::string RunInChild(const std::function<std::string()>& body) {
     EXPECT_EQ(answer, "");                                            \
   } while (false)
 
+// In a child: from here on its mounts are its own, and gone when it ends. "" or "skip: <reason>".
+inline std::string OwnMounts() {
+  if (::unshare(CLONE_NEWNS) == 0 &&
+      ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) == 0) {
+    return "";
+  }
+  return std::string("skip: no mount namespace of its own: ") + std::strerror(errno);
+}
+
 // In a child: mounts a file system on `path` that nobody else sees. "" or "skip: <reason>".
 inline std::string MountPrivately(const char* type, const std::string& path,
                                   const std::string& options) {
-  if (::unshare(CLONE_NEWNS) != 0 ||
-      ::mount("none", "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0 ||
-      ::mount("none", path.c_str(), type, 0, options.c_str()) != 0) {
+  const std::string error = OwnMounts();
+  if (!error.empty()) return error;
+  if (::mount("none", path.c_str(), type, 0, options.c_str()) != 0) {
     return std::string("skip: cannot mount ") + type + ": " + std::strerror(errno);
   }
   return "";

@@ -120,19 +120,30 @@ inline uint16_t* At(AttentionStore* store, std::span<const int32_t> table, uint3
   return reinterpret_cast<uint16_t*>(slice) + row * layout.head_dim;
 }
 
-// Calls `visit(element, value)` for every element of one token in one layer.
+// Calls `visit(element, value)` for every element of token `token` of a block in one layer, whose
+// bytes begin at `slice`.
 template <typename Visit>
-void ForToken(AttentionStore* store, std::span<const int32_t> table, uint32_t place, uint32_t layer,
-              uint64_t hash, const Visit& visit) {
-  const KvLayout& layout = store->layout();
+void ForTokenIn(const KvLayout& layout, std::byte* slice, uint32_t token, uint32_t layer,
+                uint64_t hash, const Visit& visit) {
   for (uint32_t row = 0; row < 2 * layout.num_kv_heads; ++row) {
-    uint16_t* data =
-        At(store, table, place, layer, row / layout.num_kv_heads, row % layout.num_kv_heads);
+    const uint64_t first = (uint64_t{row} * layout.block_size + token) * layout.head_dim;
+    uint16_t* data = reinterpret_cast<uint16_t*>(slice) + first;
     uint64_t value = ReferenceContext::Mix(hash, layer * 64 + row + 1);
     for (uint32_t d = 0; d < layout.head_dim; ++d, value = value * 5 + 1) {
       visit(data + d, static_cast<uint16_t>(value >> 20));
     }
   }
+}
+
+// The same for the token at place `place` of a context.
+template <typename Visit>
+void ForToken(AttentionStore* store, std::span<const int32_t> table, uint32_t place, uint32_t layer,
+              uint64_t hash, const Visit& visit) {
+  const KvLayout& layout = store->layout();
+  const AttentionStore::PoolView pool = store->pool();
+  const auto slot = static_cast<uint64_t>(table[place / layout.block_size]);
+  std::byte* slice = pool.base + slot * pool.slot_stride + layer * pool.layer_stride;
+  ForTokenIn(layout, slice, place % layout.block_size, layer, hash, visit);
 }
 
 // Plays one turn over `tokens` as an engine would, and checks every byte of the context in every
