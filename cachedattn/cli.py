@@ -137,6 +137,18 @@ def check(
     raise typer.Exit(run_check(store, deep, as_json))
 
 
+@app.command()
+def keygen(path: Annotated[Path, typer.Argument(help="File to make; it must not exist.")]) -> None:
+    """Make a master key for encrypted stores: a file with mode 0600 and 64 hexadecimal digits.
+
+    Who loses the key loses what the stores hold. Keep it on another disk than theirs.
+    """
+    from cachedattn.keys import write_master_key
+
+    write_master_key(path)
+    print(f"{path}: made; a store takes it as StoreConfig(encrypt='{path}')")
+
+
 @bench_app.command()
 def ttft(
     history: Annotated[

@@ -66,7 +66,7 @@ def store(run: Cli, model: Path, tmp_path: Path) -> Path:
 def test_help_lists_the_commands(run: Cli) -> None:
     answer = run("--help")
     assert answer.code == 0
-    for command in ("demo", "chat", "inspect", "check", "bench"):
+    for command in ("demo", "chat", "inspect", "check", "keygen", "bench"):
         assert command in answer.out
 
 

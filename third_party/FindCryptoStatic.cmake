@@ -1,4 +1,5 @@
-# OpenSSL's libcrypto, static, for SHA-256 (Debian: libssl-dev). Target: CryptoStatic::CryptoStatic
+# OpenSSL's libcrypto, static, for SHA-256 and AES-GCM (Debian: libssl-dev).
+# Target: CryptoStatic::CryptoStatic
 find_path(CryptoStatic_INCLUDE_DIR openssl/sha.h)
 find_library(CryptoStatic_LIBRARY NAMES libcrypto.a)
 include(FindPackageHandleStandardArgs)

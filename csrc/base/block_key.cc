@@ -24,6 +24,7 @@ enum Tag : uint8_t {
   kTagParent = 3,
   kTagCuts = 4,
   kTagTokens = 5,
+  kTagSecret = 6,  // left out where there is none
 };
 
 SHA256_CTX* Context(std::array<uint8_t, 128>& state) {
@@ -79,8 +80,11 @@ Digest KeyHasher::Finish() {
   return digest;
 }
 
-BlockKey RootKey(const Digest& identity, std::string_view tenant) {
-  return KeyHasher().Bytes(kTagIdentity, identity.bytes).Text(kTagTenant, tenant).Finish();
+BlockKey RootKey(const Digest& identity, std::string_view tenant, std::span<const uint8_t> secret) {
+  KeyHasher hasher;
+  hasher.Bytes(kTagIdentity, identity.bytes).Text(kTagTenant, tenant);
+  if (!secret.empty()) hasher.Bytes(kTagSecret, secret);
+  return hasher.Finish();
 }
 
 TenantId TenantIdOf(std::string_view tenant) {

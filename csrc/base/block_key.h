@@ -59,8 +59,10 @@ class CA_API KeyHasher {
 };
 
 // Key of the root that a conversation's first block chains to.
-// `identity` covers the weights, dtype, layout and RoPE parameters.
-CA_API BlockKey RootKey(const Digest& identity, std::string_view tenant);
+// `identity` covers the weights, dtype, layout and RoPE parameters. `secret` is the tenant's own in
+// an encrypted store, so that keys say nothing of tokens to who lacks it; else empty.
+CA_API BlockKey RootKey(const Digest& identity, std::string_view tenant,
+                        std::span<const uint8_t> secret = {});
 
 CA_API TenantId TenantIdOf(std::string_view tenant);
 

@@ -90,5 +90,14 @@ TEST(BlockKey, NumbersAreHashedLittleEndian) {
   EXPECT_EQ(KeyHasher().U32(9, 0x12345678).Finish(), KeyHasher().Bytes(9, bytes).Finish());
 }
 
+TEST(BlockKey, ATenantsSecretIsPartOfItsRoot) {
+  const std::array<uint8_t, 32> secret = {1}, other = {2};
+  const BlockKey plain = RootKey({}, "t"), keyed = RootKey({}, "t", secret);
+  EXPECT_NE(keyed, plain);
+  EXPECT_NE(keyed, RootKey({}, "t", other));
+  EXPECT_NE(keyed, RootKey({}, "u", secret));
+  EXPECT_EQ(keyed, RootKey({}, "t", secret));
+}
+
 }  // namespace
 }  // namespace cachedattn

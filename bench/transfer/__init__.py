@@ -1,1 +1,0 @@
-"""The ways to move bytes that bench_transfer.py compares."""
