@@ -5,70 +5,19 @@
 // BlockPin (the copy stays where it is). Belongs to the control thread.
 #pragma once
 
-#include <compare>
+#include <deque>
+#include <map>
 #include <memory>
-#include <set>
-#include <span>
+#include <optional>
+#include <ranges>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
-#include "csrc/base/block_key.h"
-#include "csrc/tier/slot_pool.h"
+#include "csrc/store/rank_heap.h"
 
 namespace cachedattn {
-
-enum class CopyState : uint8_t { kAbsent = 0, kFilling, kReady };
-
-// What a tier keeps longest has the highest rank (policy.h).
-struct Rank {
-  uint64_t major = 0;
-  uint64_t minor = 0;
-  auto operator<=>(const Rank&) const = default;
-};
-
-struct Fill;  // preload.h
-
-// A block's bytes in one tier.
-struct Copy {
-  CopyState state = CopyState::kAbsent;
-  uint32_t pins = 0;           // sequences and moves that need the copy to stay
-  Slot slot;                   // held from begin to end, kFilling included
-  std::shared_ptr<Fill> fill;  // the load that is filling it; empty for saves and writes
-};
-
-constexpr uint32_t kNotQueued = UINT32_MAX;
-
-struct Block {
-  BlockKey key;
-  BlockKey parent;
-  uint32_t num_tokens = 0;  // less than block_size: a part-filled tail
-  uint32_t depth = 0;       // index in its chain
-  uint64_t generation = 0;  // of the SSD copy
-  Copy copies[kNumTiers];
-
-  // Of the policy.
-  Rank rank;
-  uint64_t last_used = 0;
-  uint64_t arrival = 0;                  // of the conversation that brought it
-  uint32_t queue_position = kNotQueued;  // first waiting request that needs it
-  bool extended = false;                 // a full block follows it
-
-  // Of the saver and of the writer to SSD.
-  bool save_queued = false;
-  bool write_queued = false;
-  bool write_failed = false;       // not tried again
-  std::vector<BlockKey> replaces;  // part-filled tails that this block makes useless
-
-  Copy& copy(Tier tier) { return copies[static_cast<int>(tier)]; }
-  const Copy& copy(Tier tier) const { return copies[static_cast<int>(tier)]; }
-  bool ready(Tier tier) const { return copy(tier).state == CopyState::kReady; }
-  bool absent(Tier tier) const { return copy(tier).state == CopyState::kAbsent; }
-  bool resident() const { return ready(Tier::kDevice) || ready(Tier::kDram) || ready(Tier::kSsd); }
-};
-
-// A block lives while the directory lists it, or anything still uses its slots.
-using BlockRef = std::shared_ptr<Block>;
 
 // The right to write the bytes of a copy that is kFilling.
 struct Transfer {
@@ -116,18 +65,22 @@ class BlockPin {
 
 class Directory {
  public:
-  struct Ranked {
-    Rank rank;
-    Block* block;
-    auto operator<=>(const Ranked&) const = default;
-  };
+  // `by_tenant`: the order in which copies go is kept for each tenant too (quotas need it).
+  Directory(uint32_t block_size, bool by_tenant);
 
-  explicit Directory(uint32_t block_size) : block_size_(block_size) {}
+  // Memory for as many copies at once: later growth would be a pause.
+  void Reserve(Tier tier, uint32_t num_copies);
 
   // The listed block, or nullptr.
   BlockRef Find(const BlockKey& key) const;
   // Lists a block without copies; the caller begins to fill one at once.
-  BlockRef Insert(const BlockKey& key, const BlockKey& parent, uint32_t num_tokens, uint32_t depth);
+  BlockRef Insert(uint32_t tenant, const BlockKey& key, const BlockKey& parent, uint32_t num_tokens,
+                  uint32_t depth);
+
+  // Tenants by small numbers, given out as they come.
+  uint32_t TenantIndex(const TenantId& id);
+  std::optional<uint32_t> FindTenant(const TenantId& id) const;
+  const TenantId& tenant(uint32_t index) const { return tenants_[index].id; }
 
   // kAbsent -> kFilling.
   Transfer BeginFill(const BlockRef& block, Tier tier, Slot slot);
@@ -142,32 +95,71 @@ class Directory {
 
   BlockPin Pin(const BlockRef& block, Tier tier);
 
-  // Copies of `tier` that are kReady and not pinned, the first to go first.
-  const std::set<Ranked>& evictable(Tier tier) const { return evictable_[static_cast<int>(tier)]; }
-  void SetRank(Block* block, const Rank& rank);
+  // Copies of `tier` that are kReady and not pinned, the first to go on top: those that wait for no
+  // save or write to the next tier, those of one tenant alone, and the others (Copy::unsaved).
+  const RankHeap& saved(Tier tier) const { return saved_[Index(tier)]; }
+  const RankHeap& saved(Tier tier, uint32_t tenant) const {
+    return tenants_[tenant].saved[Index(tier)];
+  }
+  const RankHeap& unsaved(Tier tier) const { return unsaved_[Index(tier)]; }
+  void SetUnsaved(Block* block, Tier tier, bool unsaved);
+  // After what Block::rank() is made of has changed.
+  void Rerank(Block* block);
 
   // Part-filled blocks after `parent`.
-  std::span<Block* const> partials(const BlockKey& parent) const;
+  auto partials(const BlockKey& parent) const {
+    const auto [first, last] = partials_.equal_range(parent);
+    return std::ranges::subrange(first, last);
+  }
+  bool part_filled(const Block& block) const { return block.num_tokens < block_size_; }
+  // When `block` has landed, these part-filled tails are useless.
+  void SetReplaced(Block* block, std::vector<BlockKey> tails);
   // Drops the part-filled tails that `block` replaces, as far as nothing uses them.
   void DropReplaced(Block* block);
 
   size_t num_blocks() const { return blocks_.size(); }
-  uint32_t num_pinned(Tier tier) const { return num_pinned_[static_cast<int>(tier)]; }
+  uint32_t num_pinned(Tier tier) const { return num_pinned_[Index(tier)]; }
 
   // Aborts on a broken invariant. `places` gets every slot that a listed or forgotten block holds.
   void CheckInvariants(std::vector<SlotId> (*places)[kNumTiers]) const;
 
  private:
   friend class BlockPin;
+
+  // Sets of blocks that are looked up by a key of theirs, kept in the block alone.
+  template <BlockKey Block::* key>
+  struct By {
+    using is_transparent = void;
+    static const BlockKey& KeyOf(const BlockKey& k) { return k; }
+    static const BlockKey& KeyOf(const auto& block) { return (*block).*key; }
+    size_t operator()(const auto& a) const { return DigestHash()(KeyOf(a)); }
+    bool operator()(const auto& a, const auto& b) const { return KeyOf(a) == KeyOf(b); }
+  };
+  using ByKey = By<&Block::key>;
+  using ByParent = By<&Block::parent>;
+
+  struct Tenant {
+    explicit Tenant(const TenantId& tenant_id) : id(tenant_id) {}
+    TenantId id;
+    RankHeap saved[kNumTiers] = {RankHeap(3), RankHeap(4), RankHeap(5)};
+  };
+
+  static constexpr int Index(Tier tier) { return static_cast<int>(tier); }
   void Unpin(Block* block, Tier tier);
   void SetState(Block* block, Tier tier, CopyState from, CopyState to);
   void UpdateEvictable(Block* block, Tier tier);
+  void Leave(Block* block, Tier tier);
   void Unlist(Block* block);
 
   const uint32_t block_size_;
-  std::unordered_map<BlockKey, BlockRef, DigestHash> blocks_;
-  std::unordered_map<BlockKey, std::vector<Block*>, DigestHash> partials_;  // by parent
-  std::set<Ranked> evictable_[kNumTiers];
+  const bool by_tenant_;
+  std::unordered_set<BlockRef, ByKey, ByKey> blocks_;
+  std::unordered_multiset<Block*, ByParent, ByParent> partials_;
+  std::unordered_map<const Block*, std::vector<BlockKey>> replaced_;  // by the longer block
+  RankHeap saved_[kNumTiers] = {RankHeap(0), RankHeap(1), RankHeap(2)};
+  RankHeap unsaved_[kNumTiers] = {RankHeap(0), RankHeap(1), RankHeap(2)};
+  std::deque<Tenant> tenants_;
+  std::map<TenantId, uint32_t> tenant_index_;
   uint32_t num_pinned_[kNumTiers] = {};
   std::vector<std::weak_ptr<Block>> forgotten_;  // for the invariants alone
 };

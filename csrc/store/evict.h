@@ -28,7 +28,7 @@ class Evictor {
   uint64_t num_evicted(Tier tier) const { return num_evicted_[static_cast<int>(tier)]; }
 
  private:
-  bool Unsaved(Tier tier, Block* block);
+  bool MustSaveFirst(Tier tier, Block* block);
   void Evict(Tier tier, Block* block);
 
   Tiers* const tiers_;

@@ -22,13 +22,13 @@ BlockRef FindTail(const Directory& directory, const Chain& chain, uint32_t block
 History FindHistory(const Directory& directory, const Chain& chain, uint32_t limit) {
   limit = std::min(limit, chain.num_tokens());
   const uint32_t block_size = chain.block_size();
-  const uint32_t num_full = limit / block_size;
+  uint32_t num_full = limit / block_size;
   std::vector<BlockRef> blocks(num_full);
-  std::vector<uint32_t> missing(num_full + 1, 0);  // among the first i blocks
   for (uint32_t i = 0; i < num_full; ++i) {
     blocks[i] = directory.Find(chain.key(i));
     if (blocks[i] != nullptr && !blocks[i]->resident()) blocks[i].reset();
-    missing[i + 1] = missing[i] + (blocks[i] == nullptr);
+    // Only a window can leave a missing block out of the context.
+    if (blocks[i] == nullptr && chain.truncation().window == 0) num_full = i;
   }
   // The context after `num_tokens` tokens: what is kept of the head, then a run up to the end.
   const auto build = [&](uint32_t num_tokens, uint32_t full, BlockRef tail) {
@@ -49,8 +49,7 @@ History FindHistory(const Directory& directory, const Chain& chain, uint32_t lim
       if (history.num_tokens > 0) return history;
     }
     if (full == 0) return History();
-    // Only a window can leave a missing block out of the context.
-    if (missing[full] == 0 || (chain.truncation().window != 0 && blocks[full - 1] != nullptr)) {
+    if (blocks[full - 1] != nullptr) {
       History history = build(full * block_size, full, nullptr);
       if (history.num_tokens > 0) return history;
     }

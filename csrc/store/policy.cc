@@ -1,79 +1,85 @@
 #include "csrc/store/policy.h"
 
 #include <algorithm>
-#include <numeric>
+#include <ranges>
 
 namespace cachedattn {
 
-Rank Policy::RankOf(const Block& block) const {
-  const uint64_t head_last = UINT32_MAX - block.depth;
-  if (kind_ == PolicyKind::kFifo) return {block.arrival, head_last};
-  if (kind_ == PolicyKind::kLookahead && block.queue_position != kNotQueued) {
-    return {(uint64_t{1} << 63) + (kNotQueued - block.queue_position), head_last};
-  }
-  return {block.last_used, head_last};
+void Policy::SetStamp(Block* block, uint64_t stamp) {
+  block->stamp = stamp;
+  directory_->Rerank(block);
 }
 
 void Policy::Inserted(Block* block) {
-  const BlockRef parent = directory_->Find(block->parent);
-  if (parent != nullptr && !parent->extended) {
-    block->arrival = parent->arrival;
-  } else {
-    block->arrival = ++clock_;  // a new conversation, or one that branches off
-  }
+  const BlockRef parent = kind_ == PolicyKind::kFifo ? directory_->Find(block->parent) : nullptr;
+  // Without a parent, or as its second child, it begins a new conversation.
+  SetStamp(block, parent != nullptr && !parent->extended ? parent->stamp : ++clock_);
   // A part-filled tail will be replaced by the full block that extends its parent for good.
-  const bool part_filled = std::ranges::any_of(directory_->partials(block->parent),
-                                               [&](const Block* b) { return b == block; });
-  if (parent != nullptr && !part_filled) parent->extended = true;
-  block->last_used = ++clock_;
-  Update(block);
+  if (parent != nullptr && !directory_->part_filled(*block)) parent->extended = true;
 }
 
 void Policy::Touch(std::span<const BlockRef> blocks) {
+  if (kind_ == PolicyKind::kFifo) return;
   ++clock_;
-  for (const BlockRef& block : blocks) {
-    block->last_used = clock_;
-    Update(block.get());
-  }
+  for (const BlockRef& block : blocks) SetStamp(block.get(), clock_);
 }
 
-void Policy::Protect(std::span<const BlockRef> blocks, uint32_t position) {
+void Policy::StartQueue() {
+  ++epoch_;
+  next_position_ = 0;
+}
+
+void Policy::Protect(std::span<const BlockRef> blocks) {
+  if (blocks.empty()) return;
+  // Only the order of positions counts. A request keeps the one that it had, which its last block
+  // tells, as long as that is above those before it: so a queue that moves up changes nothing.
+  const uint32_t had = blocks.back()->queue_position;
+  const uint32_t position = had < kNotQueued / 2 ? std::max(had, next_position_) : next_position_;
+  next_position_ = position + 1;
   for (const BlockRef& block : blocks) {
-    if (block->queue_position <= position) continue;
-    if (block->queue_position == kNotQueued) protected_.push_back(block->key);
+    if (block->queue_epoch == epoch_) continue;  // an earlier request needs it
+    block->queue_epoch = epoch_;
+    if (block->queue_position == position) continue;
+    if (block->queue_position == kNotQueued) protected_.push_back(block);
     block->queue_position = position;
-    Update(block.get());
+    directory_->Rerank(block.get());
   }
 }
 
-void Policy::ClearProtection() {
-  for (const BlockKey& key : protected_) {
-    const BlockRef block = directory_->Find(key);
-    if (block == nullptr) continue;
+void Policy::EndQueue() {
+  std::erase_if(protected_, [this](const std::weak_ptr<Block>& weak) {
+    const BlockRef block = weak.lock();
+    if (block == nullptr) return true;
+    if (block->queue_epoch == epoch_) return false;
     block->queue_position = kNotQueued;
-    Update(block.get());
-  }
-  protected_.clear();
+    directory_->Rerank(block.get());
+    return true;
+  });
 }
 
-void Policy::Restore(std::span<const BlockRef> blocks, std::span<const uint64_t> generations) {
-  std::vector<size_t> order(blocks.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::ranges::sort(order, {},
-                    [&](size_t i) { return std::pair(blocks[i]->depth, generations[i]); });
-  for (size_t i : order) {
-    Inserted(blocks[i].get());
-    blocks[i]->last_used = generations[i];
-    clock_ = std::max(clock_, generations[i]);
+void Policy::Restore(std::span<const BlockRef> blocks) {
+  struct Found {
+    uint32_t depth;
+    uint64_t generation;
+    Block* block;
+  };
+  std::vector<Found> order;
+  order.reserve(blocks.size());
+  for (const BlockRef& block : blocks) {
+    order.push_back({block->depth, block->generation, block.get()});
+    clock_ = std::max(clock_, block->generation);
+  }
+  std::ranges::sort(order, {}, [](const Found& f) { return std::pair(f.depth, f.generation); });
+  if (kind_ == PolicyKind::kFifo) {
+    for (const Found& found : order) Inserted(found.block);
+    return;
   }
   // A chain's head is at least as recent as its tail.
-  for (auto it = order.rbegin(); it != order.rend(); ++it) {
-    Block* block = blocks[*it].get();
-    if (const BlockRef parent = directory_->Find(block->parent)) {
-      parent->last_used = std::max(parent->last_used, block->last_used);
-    }
+  for (const auto& [depth, generation, block] : std::views::reverse(order)) {
+    block->stamp = std::max(block->stamp, generation);
+    const BlockRef parent = directory_->Find(block->parent);
+    if (parent != nullptr) parent->stamp = std::max(parent->stamp, block->stamp);
   }
-  for (const BlockRef& block : blocks) Update(block.get());
 }
 
 Windows ComputeWindows(uint64_t dram_bytes, uint64_t ssd_bytes, uint64_t conversation_bytes) {

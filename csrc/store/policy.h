@@ -28,21 +28,25 @@ class Policy {
   // These blocks, or some tail of their chain, were used by a turn.
   void Touch(std::span<const BlockRef> blocks);
 
-  // Waiting request `position` (0: next to run) needs these blocks.
-  void Protect(std::span<const BlockRef> blocks, uint32_t position);
-  void ClearProtection();
+  // The waiting queue: from StartQueue to EndQueue, the blocks that each request needs, next to run
+  // first. Costs one visit of each block; only those that come, go or change places are ranked.
+  void StartQueue();
+  void Protect(std::span<const BlockRef> blocks);
+  void EndQueue();
 
-  // Ranks blocks that were found on disk at open. `generations` grow with the time of writing.
-  void Restore(std::span<const BlockRef> blocks, std::span<const uint64_t> generations);
+  // Ranks blocks that were found on disk at open, before their copies are listed. Generations grow
+  // with the time of writing.
+  void Restore(std::span<const BlockRef> blocks);
 
  private:
-  Rank RankOf(const Block& block) const;
-  void Update(Block* block) { directory_->SetRank(block, RankOf(*block)); }
+  void SetStamp(Block* block, uint64_t stamp);
 
   const PolicyKind kind_;
   Directory* const directory_;
   uint64_t clock_ = 0;  // grows with every turn and every new conversation
-  std::vector<BlockKey> protected_;
+  uint32_t epoch_ = 0;  // number of the queue
+  uint32_t next_position_ = 0;
+  std::vector<std::weak_ptr<Block>> protected_;
 };
 
 // How far into the waiting queue the store plans, in requests: what fits into DRAM is worth

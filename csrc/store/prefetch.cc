@@ -26,7 +26,7 @@ void Prefetcher::Pump() {
     if (preloader_->reads_waiting() || !tiers_->ssd->can_submit()) return;
     const BlockRef block = directory_->Find(wanted_.front());
     if (block != nullptr && OnSsdOnly(*block)) {
-      if (!evictor_->MakeSpareRoom(block->rank)) return;  // tried again when something ends
+      if (!evictor_->MakeSpareRoom(block->rank())) return;  // tried again when something ends
       Slot slot = tiers_->dram->slots().Take();
       running_.push_back(preloader_->StartRead(block, std::move(slot), /*whole=*/true, 0));
       preloader_->Pump();

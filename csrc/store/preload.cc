@@ -47,13 +47,18 @@ FillRef Preloader::NewFill(const BlockRef& block, Tier target, SlotId slot, uint
 
 void Preloader::Share(const FillRef& fill, Slot slot, Tier tier) {
   fill->transfer = directory_->BeginFill(fill->block, tier, std::move(slot));
-  fill->block->copy(tier).fill = fill;
+  fills_.emplace(&fill->block->copy(tier), fill);
 }
 
 void Preloader::KeepPrivate(const FillRef& fill, Slot slot) {
   fill->private_slot = std::move(slot);
   std::erase_if(private_fills_, [](const auto& weak) { return weak.expired(); });
   private_fills_.push_back(fill);
+}
+
+FillRef Preloader::FillOf(const Block& block, Tier tier) const {
+  const auto it = fills_.find(&block.copy(tier));
+  return it == fills_.end() ? nullptr : it->second;
 }
 
 FillRef Preloader::StartRead(const BlockRef& block, Slot slot, bool whole, uint64_t sequence) {
@@ -97,7 +102,7 @@ FillRef Preloader::StartPrivateLoad(const BlockRef& block, Slot slot, uint64_t s
 // Queues the copies of the slices that are in DRAM; the others follow as they land.
 void Preloader::Follow(const FillRef& fill) {
   fill->pieces_left = tiers_->layout.num_layers;
-  const FillRef& feeder = fill->block->copy(Tier::kDram).fill;
+  const FillRef feeder = FillOf(*fill->block, Tier::kDram);
   CA_CHECK(feeder != nullptr || fill->block->ready(Tier::kDram));
   if (feeder != nullptr) feeder->followers.push_back(fill);
   for (uint32_t layer = 0; layer < tiers_->layout.num_layers; ++layer) {
@@ -207,11 +212,10 @@ void Preloader::Finish(Fill* fill) {
   fill->source.Release();
   const BlockRef block = std::move(fill->transfer.block);
   if (block == nullptr) return;  // a private slot
+  fills_.erase(&block->copy(fill->transfer.tier));
   if (fill->status.ok()) {
     directory_->FinishFill(Transfer(block, fill->transfer.tier));
-  } else {
-    block->copy(fill->transfer.tier).fill.reset();  // a forgotten block; who waits has the fill
-  }
+  }  // else it is forgotten; who waits has the fill
 }
 
 // The block is a miss from now on; who waits for it sees the status. Its slots are held until

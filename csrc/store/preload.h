@@ -80,6 +80,9 @@ class Preloader {
   // Starts what the engines have room for.
   void Pump();
 
+  // The fill under way of a shared copy; nullptr: none, or it is a save or a write.
+  FillRef FillOf(const Block& block, Tier tier) const;
+
   void OnRead(uint64_t tag, const Status& status);
   void OnLoad(uint64_t tag);
 
@@ -116,6 +119,7 @@ class Preloader {
   LayerQueue<Piece> reads_;
   LayerQueue<Piece> loads_;
   std::unordered_map<uint64_t, Piece> started_;
+  std::unordered_map<const Copy*, FillRef> fills_;  // of shared copies
   std::vector<std::weak_ptr<Fill>> private_fills_;  // for the invariants alone
   uint32_t num_reads_in_flight_ = 0;
   uint32_t num_loads_in_flight_ = 0;

@@ -46,20 +46,21 @@ void Saver::Publish(const SaveRef& save, const BlockRef& block) {
 }
 
 void Saver::Queue(const BlockRef& block) {
-  block->save_queued = true;
+  directory_->SetUnsaved(block.get(), Tier::kDevice, true);
   queue_.push_back(block->key);
 }
 
 void Saver::Pump() {
   while (!queue_.empty()) {
     const BlockRef block = directory_->Find(queue_.front());
-    if (block != nullptr && block->save_queued && block->ready(Tier::kDevice) &&
-        block->absent(Tier::kDram)) {
-      const SaveRef save = Begin(block->copy(Tier::kDevice).slot.id(), 0);
-      if (save == nullptr) return;
-      Publish(save, block);
+    if (block != nullptr && block->copy(Tier::kDevice).unsaved) {
+      if (block->absent(Tier::kDram)) {
+        const SaveRef save = Begin(block->copy(Tier::kDevice).slot.id(), 0);
+        if (save == nullptr) return;
+        Publish(save, block);
+      }
+      directory_->SetUnsaved(block.get(), Tier::kDevice, false);
     }
-    if (block != nullptr) block->save_queued = false;
     queue_.pop_front();
   }
 }
@@ -81,7 +82,7 @@ void Saver::FinishIfLanded(Save* save) {
   directory_->FinishFill(std::move(save->transfer));
   save->source.Release();
   save->source_slot.Release();
-  writes_->Queue(block);
+  writes_->Queue(block.get());
 }
 
 void Saver::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {

@@ -21,7 +21,8 @@ SequenceImpl::SequenceImpl(std::shared_ptr<StoreCore> core, std::shared_ptr<Chai
       chain_(std::move(chain)),
       id_(core_->next_sequence_id++),
       block_size_(chain_->block_size()),
-      window_(WindowTokens(*chain_)) {
+      window_(WindowTokens(*chain_)),
+      tenant_(core_->directory.TenantIndex(chain_->tenant())) {
   core_->sequences.insert(this);
 }
 
@@ -105,7 +106,7 @@ SequenceImpl::Entry SequenceImpl::TakeShared(const BlockRef& block) {
       entry.fill = core_->preloader.StartLoad(block, std::move(slot), id_);
     }
   } else {
-    entry.fill = block->copy(pool).fill;  // of someone else, if it is not there yet
+    entry.fill = core_->preloader.FillOf(*block, pool);  // of someone else, if it is not there yet
   }
   entry.pin = core_->directory.Pin(block, pool);
   return entry;
@@ -226,13 +227,15 @@ void SequenceImpl::Append(std::span<const TokenId> tokens) {
 BlockRef SequenceImpl::InsertBlock(const BlockKey& key, uint32_t index, uint32_t num_tokens) {
   Directory& directory = core_->directory;
   const BlockKey& parent = chain_->parent_key(index);
-  BlockRef block = directory.Insert(key, parent, num_tokens, index);
+  BlockRef block = directory.Insert(tenant_, key, parent, num_tokens, index);
+  std::vector<BlockKey> replaced;
   for (const Block* partial : directory.partials(parent)) {
     const uint32_t shorter = partial->num_tokens;
     if (shorter < num_tokens && chain_->PartialKey(index, shorter) == partial->key) {
-      block->replaces.push_back(partial->key);
+      replaced.push_back(partial->key);
     }
   }
+  directory.SetReplaced(block.get(), std::move(replaced));
   core_->policy.Inserted(block.get());
   return block;
 }
@@ -249,7 +252,7 @@ void SequenceImpl::PublishFull(uint32_t position) {
   core_->directory.FinishFill(core_->directory.BeginFill(block, pool, std::move(entry.slot)));
   entry.pin = core_->directory.Pin(block, pool);
   if (pool == Tier::kDram) {
-    core_->writes.Queue(block);
+    core_->writes.Queue(block.get());
     return;
   }
   if (known) return;  // DRAM or SSD has it
@@ -271,7 +274,7 @@ void SequenceImpl::PublishTail(uint32_t position, uint32_t num_tokens) {
     const BlockRef block = InsertBlock(key, entry.index, num_tokens);
     core_->directory.FinishFill(
         core_->directory.BeginFill(block, Tier::kDram, std::move(entry.slot)));
-    core_->writes.Queue(block);
+    core_->writes.Queue(block.get());
     return;
   }
   entry.save = core_->saver.Begin(entry.slot.id(), id_);

@@ -62,6 +62,7 @@ class SequenceImpl final : public Sequence {
   const uint64_t id_;
   const uint32_t block_size_;
   const uint32_t window_;  // tokens, whole blocks; UINT32_MAX: none
+  const uint32_t tenant_;  // Directory::TenantIndex
   CachedTokens cached_;
   uint32_t num_computed_ = 0;
   uint32_t context_len_ = 0;

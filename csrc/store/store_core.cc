@@ -19,13 +19,17 @@ uint32_t ReserveSlots(const StoreOptions& options, const Tiers& tiers) {
 StoreCore::StoreCore(const StoreOptions& store_options, Tiers&& opened)
     : options(store_options),
       tiers(std::move(opened)),
-      directory(options.layout.block_size),
+      directory(options.layout.block_size, false),
       policy(options.policy, &directory),
       writes(&tiers, &directory, &trace),
       evictor(&tiers, &directory, &writes, &trace, ReserveSlots(options, tiers)),
       preloader(&tiers, &directory, &trace),
       saver(&tiers, &directory, &evictor, &writes, &trace),
-      prefetcher(&tiers, &directory, &evictor, &preloader) {}
+      prefetcher(&tiers, &directory, &evictor, &preloader) {
+  for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
+    if (tiers.slots(tier) != nullptr) directory.Reserve(tier, tiers.slots(tier)->capacity());
+  }
+}
 
 Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progress) {
   Result<std::vector<ScannedBlock>> scanned = tiers.ssd->Scan(progress);
@@ -34,18 +38,20 @@ Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progres
     return scanned.status();
   }
   std::vector<BlockRef> blocks;
-  std::vector<uint64_t> generations;
+  blocks.reserve(scanned.value().size());
   uint64_t newest = 0;
+  const uint32_t tenant = directory.TenantIndex(TenantIdOf(""));
   for (const auto& [slot, header] : scanned.value()) {
-    const BlockRef block =
-        directory.Insert(header.key, header.parent, header.num_tokens, header.depth);
-    block->generation = header.generation;
-    directory.FinishFill(directory.BeginFill(block, Tier::kSsd, tiers.ssd_slots->TakeAt(slot)));
+    blocks.push_back(
+        directory.Insert(tenant, header.key, header.parent, header.num_tokens, header.depth));
+    blocks.back()->generation = header.generation;
     newest = std::max(newest, header.generation);
-    blocks.push_back(block);
-    generations.push_back(header.generation);
   }
-  policy.Restore(blocks, generations);
+  policy.Restore(blocks);
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    Slot slot = tiers.ssd_slots->TakeAt(scanned.value()[i].slot);
+    directory.FinishFill(directory.BeginFill(blocks[i], Tier::kSsd, std::move(slot)));
+  }
   writes.StartAfter(newest);
   return Status();
 }
@@ -108,7 +114,6 @@ bool StoreCore::CanMakeRoom(Tier tier, uint32_t n, bool* lose_unsaved) {
 }
 
 void StoreCore::SetQueue(std::span<const Chain* const> waiting) {
-  policy.ClearProtection();
   prefetcher.Clear();
   if (policy.kind() != PolicyKind::kLookahead) return;
 
@@ -121,11 +126,13 @@ void StoreCore::SetQueue(std::span<const Chain* const> waiting) {
   const uint64_t ssd_bytes =
       tiers.ssd ? tiers.ssd_slots->capacity() * options.layout.host_slot_bytes() : 0;
   const Windows windows = ComputeWindows(tiers.dram->capacity_bytes(), ssd_bytes, mean);
+  policy.StartQueue();
   for (uint32_t i = 0; i < std::min<size_t>(waiting.size(), windows.eviction); ++i) {
     const History history = FindHistory(directory, *waiting[i], waiting[i]->num_tokens() - 1);
-    policy.Protect(history.blocks, i);
+    policy.Protect(history.blocks);
     if (tiers.ssd != nullptr && i < windows.prefetch) prefetcher.Want(history.blocks);
   }
+  policy.EndQueue();
 }
 
 CachedTokens StoreCore::Count(const Chain& chain, const History& history) const {

@@ -19,22 +19,22 @@ WriteBehind::WriteBehind(Tiers* tiers, Directory* directory, Trace* trace)
       max_in_flight_(static_cast<uint32_t>(std::clamp<uint64_t>(
           kMaxBytesInFlight / tiers->layout.host_slot_bytes(), 1, kMaxWritesInFlight))) {}
 
-void WriteBehind::Queue(const BlockRef& block) {
+void WriteBehind::Queue(Block* block) {
   if (tiers_->ssd == nullptr) {
-    directory_->DropReplaced(block.get());  // what would follow the write
+    directory_->DropReplaced(block);  // what would follow the write
     return;
   }
-  if (!block->absent(Tier::kSsd) || block->write_queued || block->write_failed) return;
-  block->write_queued = true;
+  if (!block->absent(Tier::kSsd) || block->copy(Tier::kDram).unsaved || block->write_failed) return;
+  directory_->SetUnsaved(block, Tier::kDram, true);
   queue_.push_back(block->key);
 }
 
-bool WriteBehind::MustDemote(const BlockRef& block) {
+bool WriteBehind::MustDemote(Block* block) {
   if (tiers_->ssd == nullptr || block->write_failed || !block->absent(Tier::kSsd)) return false;
-  if (block->write_queued) return true;
-  const auto& evictable = directory_->evictable(Tier::kSsd);
-  const bool worth = tiers_->ssd_slots->num_free() > 0 ||
-                     (!evictable.empty() && evictable.begin()->rank < block->rank);
+  if (block->copy(Tier::kDram).unsaved) return true;
+  const Block* lowest = directory_->saved(Tier::kSsd).top();
+  const bool worth =
+      tiers_->ssd_slots->num_free() > 0 || (lowest != nullptr && lowest->rank() < block->rank());
   if (worth) Queue(block);
   return worth;
 }
@@ -43,9 +43,8 @@ bool WriteBehind::MustDemote(const BlockRef& block) {
 Slot WriteBehind::TakeSsdSlot(const Block& incoming) {
   SlotPool& slots = *tiers_->ssd_slots;
   if (slots.num_free() == 0) {
-    const auto& evictable = directory_->evictable(Tier::kSsd);
-    if (evictable.empty() || !(evictable.begin()->rank < incoming.rank)) return Slot();
-    Block* victim = evictable.begin()->block;
+    Block* victim = directory_->saved(Tier::kSsd).top();
+    if (victim == nullptr || !(victim->rank() < incoming.rank())) return Slot();
     trace_->Add(TraceKind::kEvict, 0, 0, 0, victim->copy(Tier::kSsd).slot.id());
     directory_->Drop(victim, Tier::kSsd);
     ++num_evicted_;
@@ -57,8 +56,8 @@ void WriteBehind::Pump() {
   while (!queue_.empty() && in_flight_.size() < max_in_flight_ && tiers_->ssd->can_submit()) {
     const BlockRef block = directory_->Find(queue_.front());
     queue_.pop_front();
-    if (block == nullptr || !block->write_queued) continue;
-    block->write_queued = false;
+    if (block == nullptr || !block->copy(Tier::kDram).unsaved) continue;
+    directory_->SetUnsaved(block.get(), Tier::kDram, false);
     if (!block->ready(Tier::kDram) || !block->absent(Tier::kSsd)) continue;
     if (Slot slot = TakeSsdSlot(*block)) Start(block, std::move(slot));
   }

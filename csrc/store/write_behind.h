@@ -16,10 +16,10 @@ class WriteBehind {
   WriteBehind(Tiers* tiers, Directory* directory, Trace* trace);
 
   // `block` is kReady in DRAM: write it unless SSD has it or refused it.
-  void Queue(const BlockRef& block);
+  void Queue(Block* block);
 
   // True when the DRAM copy is the only one and worth a place on SSD: queues the write.
-  bool MustDemote(const BlockRef& block);
+  bool MustDemote(Block* block);
 
   // Starts queued writes, few at a time so that a read never waits long behind them.
   void Pump();
@@ -47,7 +47,7 @@ class WriteBehind {
   Directory* const directory_;
   Trace* const trace_;
   const uint32_t max_in_flight_;
-  std::deque<BlockKey> queue_;  // a block is in it at most once (Block::write_queued)
+  std::deque<BlockKey> queue_;  // a block is in it at most once (Copy::unsaved)
   std::unordered_map<uint64_t, Write> in_flight_;
   uint64_t next_tag_ = kSaveTag;
   uint64_t generation_ = 0;
