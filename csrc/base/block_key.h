@@ -23,6 +23,9 @@ struct Digest {
 
 using BlockKey = Digest;
 
+// Whose block it is. Blocks of two tenants never have equal keys.
+using TenantId = std::array<uint8_t, 16>;
+
 struct DigestHash {
   size_t operator()(const Digest& digest) const {
     size_t value;

@@ -23,7 +23,7 @@ struct KvLayout {
   uint32_t block_size = 64;  // tokens
   DType dtype = DType::kBFloat16;
 
-  static constexpr uint32_t kMaxLayers = 256;  // the header page holds one checksum a layer
+  static constexpr uint32_t kMaxLayers = 240;  // the header page holds one seal a layer
   static constexpr uint64_t kHeaderBytes = kPage;
   static constexpr uint64_t kMaxSlotBytes = 1ull << 30;  // a block is one I/O request
 

@@ -15,7 +15,8 @@
 
 namespace cachedattn {
 
-enum class IoOp : uint8_t { kRead, kWrite };
+// kSync makes finished writes durable; it has no offset, data or size.
+enum class IoOp : uint8_t { kRead, kWrite, kSync };
 
 struct IoRequest {
   IoOp op = IoOp::kRead;
@@ -27,7 +28,7 @@ struct IoRequest {
 
 struct IoCompletion {
   uint64_t tag = 0;
-  int32_t result = 0;  // bytes moved, or -errno. A short count is reported as it is.
+  int32_t result = 0;  // bytes moved (kSync: 0), or -errno. A short count is reported as it is.
 };
 
 class IoEngine {

@@ -87,8 +87,9 @@ class ThreadEngine : public IoEngine {
     const off_t offset = static_cast<off_t>(request.offset);
     ssize_t moved;
     do {
-      moved = request.op == IoOp::kRead ? ::pread(fd_, request.data, request.size, offset)
-                                        : ::pwrite(fd_, request.data, request.size, offset);
+      moved = request.op == IoOp::kSync   ? ::fdatasync(fd_)
+              : request.op == IoOp::kRead ? ::pread(fd_, request.data, request.size, offset)
+                                          : ::pwrite(fd_, request.data, request.size, offset);
     } while (moved < 0 && errno == EINTR);
     return static_cast<int32_t>(moved < 0 ? -errno : moved);
   }

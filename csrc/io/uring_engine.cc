@@ -136,7 +136,9 @@ void UringEngine::Submit(const IoRequest& request) {
   io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
   CA_CHECK(sqe != nullptr);  // the ring has `depth_` entries
   const int buffer = BufferIndex(request);
-  if (request.op == IoOp::kRead) {
+  if (request.op == IoOp::kSync) {
+    io_uring_prep_fsync(sqe, fd_, IORING_FSYNC_DATASYNC);
+  } else if (request.op == IoOp::kRead) {
     if (buffer >= 0) {
       io_uring_prep_read_fixed(sqe, fd_, request.data, request.size, request.offset, buffer);
     } else {

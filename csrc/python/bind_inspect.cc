@@ -29,7 +29,7 @@ OpenedStore OpenForReading(const std::string& directory) {
   options.read_only = true;
   auto tier = SsdTier::Open(options);
   RaiseIfError(tier.status());
-  auto blocks = tier.value()->Scan({});
+  auto blocks = tier.value()->ScanHeaders({});
   RaiseIfError(blocks.status());
   return {info.value(), std::move(tier.value()), std::move(blocks.value())};
 }
@@ -99,7 +99,8 @@ std::vector<SlotId> ReadAll(OpenedStore& store,
 py::dict CheckStore(const std::string& directory, bool deep,
                     const std::function<void(uint64_t, uint64_t)>& progress) {
   OpenedStore store = OpenForReading(directory);
-  std::vector<SlotId> corrupt = store.tier->damaged_slots();
+  std::vector<SlotId> corrupt;
+  for (const SlotDamage& damage : store.tier->damaged()) corrupt.push_back(damage.slot);
   const size_t checked = store.blocks.size() + corrupt.size();
   if (deep) {
     const std::vector<SlotId> unreadable = ReadAll(store, progress);

@@ -66,7 +66,18 @@ Status StoreCore::Close() {
   FinishLoads();
   Flush();
   closed = true;
-  return tiers.ssd ? tiers.ssd->Sync(TotalCounters()) : Status();
+  if (tiers.ssd == nullptr) return Status();
+  std::vector<ScannedBlock> blocks;
+  for (const auto& [rank, block] : directory.evictable(Tier::kSsd)) {
+    blocks.push_back({block->copy(Tier::kSsd).slot.id(),
+                      {.key = block->key,
+                       .parent = block->parent,
+                       .tenant = {},
+                       .num_tokens = block->num_tokens,
+                       .depth = block->depth,
+                       .generation = block->generation}});
+  }
+  return tiers.ssd->Sync(TotalCounters(), blocks);
 }
 
 void StoreCore::Drive(int64_t timeout_us) {

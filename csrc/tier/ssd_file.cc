@@ -1,40 +1,17 @@
 #include "csrc/tier/ssd_file.h"
 
-#include <fcntl.h>
-#include <sys/file.h>
 #include <sys/random.h>
-#include <sys/stat.h>
-#include <sys/statvfs.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 
+#include "csrc/io/direct_file.h"
+
 namespace cachedattn {
 namespace {
 
-constexpr char kFileName[] = "blocks";
-constexpr char kLockName[] = "LOCK";
-
-// Reads up to `size` bytes; a short count means the end of the file. -errno on failure.
-int64_t ReadAt(int fd, std::byte* data, size_t size, uint64_t offset) {
-  ssize_t moved;
-  do {
-    moved = ::pread(fd, data, size, static_cast<off_t>(offset));
-  } while (moved < 0 && errno == EINTR);
-  return moved < 0 ? -errno : moved;
-}
-
-Result<uint32_t> SlotsWithin(uint64_t max_bytes, uint64_t slot_bytes) {
-  if (max_bytes < kFirstSlot + slot_bytes) {
-    return Status(Code::kInvalidArgument, "the SSD tier's cap of " + std::to_string(max_bytes) +
-                                              " bytes holds no block; one block needs " +
-                                              std::to_string(kFirstSlot + slot_bytes) + " bytes");
-  }
-  const uint64_t slots = (max_bytes - kFirstSlot) / slot_bytes;
-  return static_cast<uint32_t>(std::min<uint64_t>(slots, kNoSlot - 1));
-}
+constexpr int64_t kSyncDeadlines = 15;  // a flush may have much to write
 
 void SetCounters(const StoreCounters& counters, Superblock* superblock) {
   superblock->turns = counters.turns;
@@ -45,107 +22,73 @@ void SetCounters(const StoreCounters& counters, Superblock* superblock) {
 
 }  // namespace
 
-AlignedBytes AllocateAligned(size_t size, size_t alignment) {
-  void* data = std::aligned_alloc(alignment, size);
-  CA_CHECK(data != nullptr);
-  std::memset(data, 0, size);
-  return AlignedBytes(static_cast<std::byte*>(data));
-}
-
-Result<std::unique_ptr<SsdFile>> SsdFile::Open(const SsdOptions& options) {
-  Status status = options.layout.Validate();
-  if (status.ok()) status = options.io.Validate();
-  if (!status.ok()) return status;
-  if (options.read_only) {
-    Result<std::unique_ptr<SsdFile>> opened = OpenReadOnly(options.directory);
-    if (!opened.ok()) return opened;
-    status = opened.value()->CheckMatch(options);
-    if (!status.ok()) return status;
-    return opened;
+// One operation, waited for. Whole or an error.
+Status SsdFile::Move(IoOp op, uint64_t offset, std::byte* data, uint32_t size) {
+  const int64_t deadline_us = options_.io_deadline_us * (op == IoOp::kSync ? kSyncDeadlines : 1);
+  const int64_t deadline_ns = options_.clock->NowNs() + deadline_us * 1000;
+  const char* what = op == IoOp::kRead ? "cannot read " : "cannot write ";
+  constexpr int kTries = 16;  // where the answer is EAGAIN or EINTR
+  for (int tries = 0;; ++tries) {
+    engine_->Submit({op, offset, data, size, 0});
+    IoCompletion done;
+    while (engine_->Poll(std::span(&done, 1), options_.io_deadline_us) == 0) {
+      if (options_.clock->NowNs() < deadline_ns) continue;
+      return Status(Code::kIo, what + file_->path() + ": the disk does not answer");
+    }
+    if (done.result == static_cast<int64_t>(size)) return Status();
+    if ((done.result == -EAGAIN || done.result == -EINTR) && tries < kTries) continue;
+    if (done.result < 0) return ErrnoStatus(what + file_->path(), -done.result);
+    return Status(Code::kIo, what + file_->path() + ": moved " + std::to_string(done.result) +
+                                 " of " + std::to_string(size) + " bytes");
   }
-  Result<uint32_t> num_slots = SlotsWithin(options.max_bytes, options.layout.host_slot_bytes());
-  if (!num_slots.ok()) return num_slots.status();
-  std::unique_ptr<SsdFile> file(new SsdFile);
-  status = file->OpenDirectory(options.directory, true);
-  if (status.ok()) status = file->Lock();
-  if (status.ok()) status = file->ReadOrCreate(options, num_slots.value());
-  if (!status.ok()) return status;
-  return file;
 }
 
-Result<std::unique_ptr<SsdFile>> SsdFile::OpenReadOnly(const std::string& directory) {
-  std::unique_ptr<SsdFile> file(new SsdFile);
-  Status status = file->OpenDirectory(directory, false);
-  if (!status.ok()) return status;
-  Result<DirectFile> opened =
-      OpenDirect(file->directory_.get(), kFileName, O_RDONLY, file->path_ + "/" + kFileName);
-  if (!opened.ok()) return opened.status();
-  file->file_ = std::move(opened.value());
-  status = file->Load();
-  if (!status.ok()) return status;
-  return file;
-}
-
-Status SsdFile::OpenDirectory(const std::string& directory, bool create) {
-  path_ = directory;
-  while (path_.size() > 1 && path_.back() == '/') path_.pop_back();
-  if (path_.empty()) return Status(Code::kInvalidArgument, "the SSD tier's path is empty");
-  if (create && ::mkdir(path_.c_str(), 0700) != 0 && errno != EEXIST) {
-    return ErrnoStatus("cannot make the store's directory " + path_, errno);
-  }
-  directory_ = UniqueFd(::open(path_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!directory_.ok()) return ErrnoStatus("cannot open the store's directory " + path_, errno);
-  return Status();
-}
-
-// flock, not a POSIX lock: it also keeps this same process from opening the store twice.
-Status SsdFile::Lock() {
-  const std::string name = path_ + "/" + kLockName;
-  lock_ = UniqueFd(::openat(directory_.get(), kLockName,
-                            O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600));
-  if (!lock_.ok()) return ErrnoStatus("cannot open " + name, errno);
-  if (::flock(lock_.get(), LOCK_EX | LOCK_NB) == 0) return Status();
-  if (errno == EWOULDBLOCK) {
-    return Status(Code::kBusy, "the store " + path_ + " is open in another process or engine");
-  }
-  return ErrnoStatus("cannot lock " + name, errno);
-}
-
-Status SsdFile::ReadOrCreate(const SsdOptions& options, uint32_t num_slots) {
-  Result<DirectFile> opened =
-      OpenDirect(directory_.get(), kFileName, O_RDWR | O_CREAT, path_ + "/" + kFileName);
-  if (!opened.ok()) return opened.status();
-  file_ = std::move(opened.value());
-  struct stat info;
-  if (::fstat(fd(), &info) != 0) return ErrnoStatus("cannot stat " + path_, errno);
-  if (info.st_size == 0) {
-    Status status = Create(options, num_slots);
+Status SsdFile::Open(std::unique_ptr<BlockFile> file) {
+  const uint32_t num_slots = SlotsWithin(options_.layout, options_.max_bytes);
+  const bool empty = file->size() == 0;
+  Status status = empty ? Status() : OpenReadOnly(std::move(file));
+  if (!empty) {
+    if (status.ok()) status = CheckMatch();
+    if (status.ok()) status = ReadIndex();
     if (status.ok()) status = Resize(num_slots);
-    // Else the next try would find half a file.
-    if (!status.ok()) ::unlinkat(directory_.get(), kFileName, 0);
     return status;
   }
-  Status status = Load();
-  if (status.ok()) status = CheckMatch(options);
+  file_ = std::move(file);
+  Result<std::unique_ptr<IoEngine>> engine = file_->OpenEngine(options_.io);
+  if (!engine.ok()) return engine.status();
+  engine_ = std::move(engine.value());
+  pages_ = AllocatePages(kBufferPages * kPage);
+  status = Create(num_slots);
   if (status.ok()) status = Resize(num_slots);
+  // Else the next try would find half a file.
+  if (!status.ok()) (void)file_->Resize(0);
   return status;
+}
+
+Status SsdFile::OpenReadOnly(std::unique_ptr<BlockFile> file) {
+  file_ = std::move(file);
+  Result<std::unique_ptr<IoEngine>> engine = file_->OpenEngine(options_.io);
+  if (!engine.ok()) return engine.status();
+  engine_ = std::move(engine.value());
+  pages_ = AllocatePages(kBufferPages * kPage);
+  return Load();
 }
 
 // Takes the newest valid superblock copy.
 Status SsdFile::Load() {
-  const std::string name = path_ + "/" + kFileName;
-  struct stat info;
-  if (::fstat(fd(), &info) != 0) return ErrnoStatus("cannot stat " + name, errno);
-  file_bytes_ = static_cast<uint64_t>(info.st_size);
-  AlignedBytes pages = AllocateAligned(2 * kPage, kPage);
+  const std::string& name = file_->path();
   const Superblock* best = nullptr;
   uint32_t other_version = 0;
-  int error = 0;
+  Status error;
   for (uint64_t i = 0; i < 2; ++i) {
     // One by one: a bad sector under one copy must not hide the other.
-    const int64_t moved = ReadAt(fd(), pages.get() + i * kPage, kPage, i * kPage);
-    if (moved < 0) error = static_cast<int>(-moved);
-    const auto* copy = reinterpret_cast<const Superblock*>(pages.get() + i * kPage);
+    std::byte* page = pages_.get() + i * kPage;
+    if (file_->size() < (i + 1) * kPage) continue;
+    if (Status status = Move(IoOp::kRead, i * kPage, page, kPage); !status.ok()) {
+      error = status;
+      continue;
+    }
+    const auto* copy = reinterpret_cast<const Superblock*>(page);
     if (copy->magic == kSuperblockMagic && copy->version != kSsdVersion) {
       other_version = copy->version;
     }
@@ -156,7 +99,7 @@ Status SsdFile::Load() {
     return Status(Code::kMismatch, name + " has format version " + std::to_string(other_version) +
                                        ", this build reads version " + std::to_string(kSsdVersion));
   }
-  if (best == nullptr && error != 0) return ErrnoStatus("cannot read " + name, error);
+  if (best == nullptr && !error.ok()) return error;
   if (best == nullptr) {
     return Status(Code::kCorrupt, name +
                                       " is not a store, or both copies of its superblock are "
@@ -167,50 +110,50 @@ Status SsdFile::Load() {
   if (!layout.Validate().ok() || superblock_.slot_bytes != layout.host_slot_bytes()) {
     return Status(Code::kCorrupt, name + " has a superblock with sizes out of range");
   }
-  const uint64_t room = file_bytes_ < kFirstSlot ? 0 : file_bytes_ - kFirstSlot;
+  const uint64_t room = file_->size() < kFirstSlot ? 0 : file_->size() - kFirstSlot;
   num_slots_ = static_cast<uint32_t>(
       std::min<uint64_t>(superblock_.num_slots, room / superblock_.slot_bytes));
   return Status();
 }
 
-Status SsdFile::Create(const SsdOptions& options, uint32_t num_slots) {
+Status SsdFile::Create(uint32_t num_slots) {
   superblock_ = Superblock();
   if (::getrandom(superblock_.uuid.data(), superblock_.uuid.size(), 0) !=
       static_cast<ssize_t>(superblock_.uuid.size())) {
     return ErrnoStatus("cannot get random bytes", errno);
   }
-  superblock_.identity = options.identity.bytes;
-  superblock_.num_layers = options.layout.num_layers;
-  superblock_.num_kv_heads = options.layout.num_kv_heads;
-  superblock_.head_dim = options.layout.head_dim;
-  superblock_.block_size = options.layout.block_size;
-  superblock_.dtype = static_cast<uint32_t>(options.layout.dtype);
+  const KvLayout& layout = options_.layout;
+  superblock_.identity = options_.identity.bytes;
+  superblock_.num_layers = layout.num_layers;
+  superblock_.num_kv_heads = layout.num_kv_heads;
+  superblock_.head_dim = layout.head_dim;
+  superblock_.block_size = layout.block_size;
+  superblock_.dtype = static_cast<uint32_t>(layout.dtype);
   superblock_.num_slots = num_slots;
-  superblock_.slot_bytes = options.layout.host_slot_bytes();
-  const size_t length = std::min(options.model_name.size(), superblock_.model_name.size() - 1);
-  std::memcpy(superblock_.model_name.data(), options.model_name.data(), length);
-  file_bytes_ = 0;
+  superblock_.slot_bytes = layout.host_slot_bytes();
+  const size_t length = std::min(options_.model_name.size(), superblock_.model_name.size() - 1);
+  std::memcpy(superblock_.model_name.data(), options_.model_name.data(), length);
   // Both copies exist before the file grows, so that a crash leaves a store or an empty file.
   Status status = WriteSuperblock();
   if (status.ok()) status = WriteSuperblock();
   return status;
 }
 
-Status SsdFile::CheckMatch(const SsdOptions& options) const {
+Status SsdFile::CheckMatch() const {
   struct Field {
     const char* name;
     uint64_t stored, expected;
   };
   const KvLayout stored = LayoutOf(superblock_);
-  const KvLayout& layout = options.layout;
+  const KvLayout& layout = options_.layout;
   const Field fields[] = {
       {"num_layers", stored.num_layers, layout.num_layers},
       {"num_kv_heads", stored.num_kv_heads, layout.num_kv_heads},
       {"head_dim", stored.head_dim, layout.head_dim},
       {"block_size", stored.block_size, layout.block_size},
   };
-  const std::string begin = "the store " + path_ + " was made by model \"" + NameOf(superblock_) +
-                            "\", this is \"" + options.model_name + "\": ";
+  const std::string begin = "the store " + file_->path() + " was made by model \"" +
+                            NameOf(superblock_) + "\", this is \"" + options_.model_name + "\": ";
   const auto differ = [&](const std::string& name, const std::string& a, const std::string& b) {
     return Status(Code::kMismatch,
                   begin + name + " is " + a + " there and " + b + " here; use another path");
@@ -222,74 +165,106 @@ Status SsdFile::CheckMatch(const SsdOptions& options) const {
   }
   if (stored.dtype != layout.dtype) return differ("dtype", Name(stored.dtype), Name(layout.dtype));
   const Digest identity{superblock_.identity};
-  if (identity != options.identity) {
+  if (identity != options_.identity) {
     return differ("the identity (weights, RoPE, KV format)", identity.Hex().substr(0, 16),
-                  options.identity.Hex().substr(0, 16));
+                  options_.identity.Hex().substr(0, 16));
   }
   return Status();
 }
 
 // Brings the file to `num_slots` slots; marks the store as not cleanly closed.
 Status SsdFile::Resize(uint32_t num_slots) {
-  const uint64_t bytes = kFirstSlot + num_slots * superblock_.slot_bytes;
-  if (bytes < file_bytes_ && ::ftruncate(fd(), static_cast<off_t>(bytes)) != 0) {
-    return ErrnoStatus("cannot shorten " + path_ + "/" + kFileName, errno);
+  const KvLayout layout = LayoutOf(superblock_);
+  const uint64_t old_bytes = file_->size();
+  Status status = file_->Resize(SsdFileBytes(layout, num_slots));
+  // Where slots will lie now, an index or half a slot may lie.
+  uint64_t begin = IndexOffset(layout, num_slots_);
+  const uint64_t end = std::min(AlignUp(old_bytes, kPage), IndexOffset(layout, num_slots));
+  std::memset(pages_.get(), 0, kBufferPages * kPage);
+  for (uint64_t size; status.ok() && begin < end; begin += size) {
+    size = std::min(end - begin, kBufferPages * kPage);
+    status = Move(IoOp::kWrite, begin, pages_.get(), static_cast<uint32_t>(size));
   }
-  Status status = Reserve(bytes);
   if (!status.ok()) return status;
-  file_bytes_ = bytes;
   superblock_.clean = 0;
   superblock_.num_slots = num_slots_ = num_slots;
+  if (index_) {
+    std::erase_if(*index_, [&](const ScannedBlock& block) { return block.slot >= num_slots; });
+  }
   status = WriteSuperblock();
-  if (status.ok() && ::fdatasync(fd()) != 0) {
-    status = ErrnoStatus("cannot sync " + path_ + "/" + kFileName, errno);
-  }
-  return status;
-}
-
-// Reserves space for the whole file, so that no later write finds the disk full.
-Status SsdFile::Reserve(uint64_t bytes) {
-  int result;
-  do {
-    result = ::fallocate(fd(), 0, 0, static_cast<off_t>(bytes));
-  } while (result != 0 && errno == EINTR);
-  if (result != 0 && errno == EOPNOTSUPP) {
-    result = ::ftruncate(fd(), static_cast<off_t>(bytes));
-  }
-  if (result == 0) return Status();
-  const int error = errno;
-  // Give back what was taken before the disk was full.
-  if (file_bytes_ < bytes) (void)!::ftruncate(fd(), static_cast<off_t>(file_bytes_));
-  struct statvfs volume = {};
-  (void)::fstatvfs(fd(), &volume);
-  const uint64_t free_bytes = volume.f_bavail * volume.f_frsize;
-  return ErrnoStatus("cannot reserve " + std::to_string(bytes) + " bytes for " + path_ + "/" +
-                         kFileName + " (" + std::to_string(free_bytes) + " bytes are free there)",
-                     error);
+  return status.ok() ? Move(IoOp::kSync, 0, nullptr, 0) : status;
 }
 
 Status SsdFile::WriteSuperblock() {
   ++superblock_.generation;
   Seal(&superblock_);
-  AlignedBytes page = AllocateAligned(kPage, kPage);
-  std::memcpy(page.get(), &superblock_, kPage);
+  std::memcpy(pages_.get(), &superblock_, kPage);
   // The copies take turns: a torn write leaves the other one, which is older and whole.
-  const off_t offset = static_cast<off_t>(superblock_.generation % 2 * kPage);
-  ssize_t moved;
-  do {
-    moved = ::pwrite(fd(), page.get(), kPage, offset);
-  } while (moved < 0 && errno == EINTR);
-  if (moved == static_cast<ssize_t>(kPage)) return Status();
-  return ErrnoStatus("cannot write the superblock of " + path_ + "/" + kFileName,
-                     moved < 0 ? errno : ENOSPC);
+  return Move(IoOp::kWrite, superblock_.generation % 2 * kPage, pages_.get(), kPage);
 }
 
-Status SsdFile::Sync(const StoreCounters& counters) {
-  if (::fdatasync(fd()) != 0) return ErrnoStatus("cannot sync " + path_, errno);
+// A page that does not match is not an error: the headers of the slots say it all.
+Status SsdFile::ReadIndex() {
+  const KvLayout layout = LayoutOf(superblock_);
+  const uint64_t num_pages = NumIndexPages(superblock_.num_slots);
+  if (superblock_.clean == 0 || num_slots_ != superblock_.num_slots ||
+      file_->size() < SsdFileBytes(layout, superblock_.num_slots)) {
+    return Status();
+  }
+  std::vector<ScannedBlock> blocks;
+  for (uint64_t first = 0; first < num_pages; first += kBufferPages) {
+    const uint64_t count = std::min(kBufferPages, num_pages - first);
+    Status status = Move(IoOp::kRead, IndexOffset(layout, num_slots_) + first * kPage, pages_.get(),
+                         static_cast<uint32_t>(count * kPage));
+    if (!status.ok()) return Status();
+    for (uint64_t i = 0; i < count; ++i) {
+      const auto& page = reinterpret_cast<const IndexPage*>(pages_.get())[i];
+      if (!IsSealed(superblock_.uuid, superblock_.generation, first + i, page)) return Status();
+      for (uint32_t j = 0; j < kEntriesPerPage; ++j) {
+        const uint64_t slot = (first + i) * kEntriesPerPage + j;
+        const IndexEntry& entry = page.entries[j];
+        if (entry.num_tokens == 0) continue;
+        if (slot >= num_slots_ || entry.num_tokens > layout.block_size) return Status();
+        blocks.push_back({static_cast<SlotId>(slot), HeaderOf(entry)});
+      }
+    }
+  }
+  index_ = std::move(blocks);
+  return Status();
+}
+
+Status SsdFile::WriteIndex(std::span<const ScannedBlock> blocks, uint64_t generation) {
+  std::vector<const BlockHeader*> by_slot(num_slots_, nullptr);
+  for (const ScannedBlock& block : blocks) by_slot[block.slot] = &block.header;
+  const uint64_t num_pages = NumIndexPages(num_slots_);
+  for (uint64_t first = 0; first < num_pages; first += kBufferPages) {
+    const uint64_t count = std::min(kBufferPages, num_pages - first);
+    auto* pages = reinterpret_cast<IndexPage*>(pages_.get());
+    for (uint64_t i = 0; i < count; ++i) {
+      pages[i] = IndexPage();
+      for (uint32_t j = 0; j < kEntriesPerPage; ++j) {
+        const uint64_t slot = (first + i) * kEntriesPerPage + j;
+        if (slot >= num_slots_ || by_slot[slot] == nullptr) continue;
+        pages[i].entries[j] = EntryOf(*by_slot[slot]);
+      }
+      Seal(superblock_.uuid, generation, first + i, &pages[i]);
+    }
+    Status status =
+        Move(IoOp::kWrite, IndexOffset(LayoutOf(superblock_), num_slots_) + first * kPage,
+             pages_.get(), static_cast<uint32_t>(count * kPage));
+    if (!status.ok()) return status;
+  }
+  return Status();
+}
+
+Status SsdFile::Sync(const StoreCounters& counters, std::span<const ScannedBlock> blocks) {
+  Status status = WriteIndex(blocks, superblock_.generation + 1);
+  // The superblock that says "clean" must not reach the disk before what it vouches for.
+  if (status.ok()) status = Move(IoOp::kSync, 0, nullptr, 0);
   superblock_.clean = 1;
   SetCounters(counters, &superblock_);
-  Status status = WriteSuperblock();
-  if (status.ok() && ::fdatasync(fd()) != 0) status = ErrnoStatus("cannot sync " + path_, errno);
+  if (status.ok()) status = WriteSuperblock();
+  if (status.ok()) status = Move(IoOp::kSync, 0, nullptr, 0);
   return status;
 }
 

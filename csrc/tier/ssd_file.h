@@ -1,59 +1,61 @@
-// SsdFile: the file of the SSD tier as a whole: directory, lock, superblock, reserved space.
+// SsdFile: the parts of the SSD tier's file that are not slots: the superblock and the index.
+//
+// Its reads and writes wait for the disk, each at most until its deadline. When one does not end,
+// the pages are still the disk's: they belong to this object, which must outlive the engine.
 #pragma once
 
-#include <cstdlib>
 #include <memory>
-#include <string>
+#include <optional>
+#include <vector>
 
-#include "csrc/io/direct_file.h"
+#include "csrc/tier/aligned_bytes.h"
 #include "csrc/tier/ssd_format.h"
 
 namespace cachedattn {
 
-struct FreeDeleter {
-  void operator()(void* data) const { std::free(data); }
-};
-using AlignedBytes = std::unique_ptr<std::byte[], FreeDeleter>;
-
-// Zeroed memory; `alignment` is a power of two that divides `size`.
-AlignedBytes AllocateAligned(size_t size, size_t alignment);
-
 class SsdFile {
  public:
-  // Errors are those of SsdTier::Open.
-  static Result<std::unique_ptr<SsdFile>> Open(const SsdOptions& options);
+  explicit SsdFile(const SsdOptions& options) : options_(options) {}
 
-  // Opens the file of an existing store, of any model, for reading.
-  static Result<std::unique_ptr<SsdFile>> OpenReadOnly(const std::string& directory);
+  // Takes the file and reads its superblock, or writes one into an empty file; brings the file to
+  // the size that the options ask for. Errors are those of SsdTier::Open.
+  Status Open(std::unique_ptr<BlockFile> file);
+  // Reads the superblock of a store of any model; writes nothing.
+  Status OpenReadOnly(std::unique_ptr<BlockFile> file);
+  Status CheckMatch() const;
+  Status ReadIndex();  // where there is one
 
-  int fd() const { return file_.fd.get(); }
-  bool direct() const { return file_.direct; }
+  IoEngine& engine() { return *engine_; }
+  const BlockFile& file() const { return *file_; }
   uint32_t num_slots() const { return num_slots_; }
   const Superblock& superblock() const { return superblock_; }
 
-  // Makes all finished writes durable, then a superblock with `counters` that says "clean".
-  Status Sync(const StoreCounters& counters);
+  // What the last clean close recorded. Empty after a crash, and where the index is damaged.
+  const std::optional<std::vector<ScannedBlock>>& index() const { return index_; }
+
+  // kBufferPages pages for the disk to use, while nothing else of this object waits for it.
+  static constexpr uint64_t kBufferPages = 64;
+  std::byte* pages() { return pages_.get(); }
+
+  // As SsdTier::Sync.
+  Status Sync(const StoreCounters& counters, std::span<const ScannedBlock> blocks);
 
  private:
-  SsdFile() = default;
-
-  Status OpenDirectory(const std::string& directory, bool create);
-  Status Lock();
+  Status Move(IoOp op, uint64_t offset, std::byte* data, uint32_t size);
   Status Load();
-  Status Create(const SsdOptions& options, uint32_t num_slots);
-  Status CheckMatch(const SsdOptions& options) const;
+  Status Create(uint32_t num_slots);
   Status Resize(uint32_t num_slots);
-  Status Reserve(uint64_t bytes);
+  Status WriteIndex(std::span<const ScannedBlock> blocks, uint64_t generation);
   Status WriteSuperblock();
-  Status ReadOrCreate(const SsdOptions& options, uint32_t num_slots);
 
-  std::string path_;  // of the directory, for messages
-  UniqueFd directory_;
-  UniqueFd lock_;  // held while the store is open for writing
-  DirectFile file_;
-  uint64_t file_bytes_ = 0;
+  const SsdOptions options_;
+  // Pages first: they are given back last, after the engine has let go of them.
+  AlignedBytes pages_;
+  std::unique_ptr<BlockFile> file_;
+  std::unique_ptr<IoEngine> engine_;
   Superblock superblock_;
   uint32_t num_slots_ = 0;
+  std::optional<std::vector<ScannedBlock>> index_;
 };
 
 }  // namespace cachedattn

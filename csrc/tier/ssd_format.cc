@@ -2,6 +2,7 @@
 
 #include <xxhash.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -16,7 +17,26 @@ uint64_t PageSum(const BlockPage& page, const Uuid& uuid) {
   return XXH3_64bits_withSeed(&page, offsetof(BlockPage, checksum), UuidSeed(uuid));
 }
 
+uint64_t PageSum(const IndexPage& page, const Uuid& uuid, uint64_t generation, uint64_t number) {
+  struct {
+    Uuid uuid;
+    uint64_t generation, number;
+  } place = {uuid, generation, number};
+  static_assert(sizeof(place) == 32);
+  const uint64_t seed = XXH3_64bits(&place, sizeof(place));
+  return XXH3_64bits_withSeed(&page, offsetof(IndexPage, checksum), seed);
+}
+
 }  // namespace
+
+uint32_t SlotsWithin(const KvLayout& layout, uint64_t max_bytes) {
+  if (max_bytes < SsdFileBytes(layout, 1)) return 0;
+  // At least this many, were every slot to take its share of an index page, rounded up.
+  constexpr uint64_t kShare = kPage / kEntriesPerPage + 1;
+  uint64_t slots = (max_bytes - kFirstSlot - kPage) / (layout.host_slot_bytes() + kShare);
+  while (slots < kNoSlot - 1 && SsdFileBytes(layout, slots + 1) <= max_bytes) ++slots;
+  return static_cast<uint32_t>(std::min<uint64_t>(slots, kNoSlot - 1));
+}
 
 void Seal(Superblock* superblock) {
   superblock->checksum = XXH3_64bits(superblock, offsetof(Superblock, checksum));
@@ -42,8 +62,8 @@ StoreCounters CountersOf(const Superblock& superblock) {
           superblock.tokens_from[1], superblock.tokens_from[2]};
 }
 
-uint64_t SliceSum(const Uuid& uuid, const BlockKey& key, uint32_t layer,
-                  std::span<const std::byte> slice) {
+SliceSeal SliceSum(const Uuid& uuid, const BlockKey& key, uint32_t layer,
+                   std::span<const std::byte> slice) {
   struct {
     Uuid uuid;
     std::array<uint8_t, 32> key;
@@ -51,28 +71,42 @@ uint64_t SliceSum(const Uuid& uuid, const BlockKey& key, uint32_t layer,
   } place = {uuid, key.bytes, layer};
   static_assert(sizeof(place) == 52);
   const uint64_t seed = XXH3_64bits(&place, sizeof(place));
-  return XXH3_64bits_withSeed(slice.data(), slice.size(), seed);
+  const XXH128_hash_t sum = XXH3_128bits_withSeed(slice.data(), slice.size(), seed);
+  SliceSeal seal;
+  std::memcpy(seal.data(), &sum.low64, 8);
+  std::memcpy(seal.data() + 8, &sum.high64, 8);
+  return seal;
 }
 
-void SealBlock(const Uuid& uuid, const KvLayout& layout, const BlockHeader& header,
-               std::byte* host_slot) {
+BlockPage PageOf(const KvLayout& layout, SlotId slot, const BlockHeader& header) {
   BlockPage page;
   page.num_layers = layout.num_layers;
   page.key = header.key.bytes;
   page.parent = header.parent.bytes;
+  page.tenant = header.tenant;
   page.num_tokens = header.num_tokens;
   page.depth = header.depth;
   page.generation = header.generation;
+  page.slot = slot;
+  return page;
+}
+
+void Seal(const Uuid& uuid, BlockPage* page) { page->checksum = PageSum(*page, uuid); }
+
+void SealBlock(const Uuid& uuid, const KvLayout& layout, SlotId slot, const BlockHeader& header,
+               std::byte* host_slot) {
+  BlockPage page = PageOf(layout, slot, header);
   for (uint32_t layer = 0; layer < layout.num_layers; ++layer) {
-    page.sums[layer] =
+    page.seals[layer] =
         SliceSum(uuid, header.key, layer,
                  {host_slot + layout.host_slice_offset(layer), layout.slice_bytes()});
   }
-  page.checksum = PageSum(page, uuid);
+  Seal(uuid, &page);
   std::memcpy(host_slot, &page, sizeof(page));
 }
 
-Status CheckBlockPage(const Uuid& uuid, const KvLayout& layout, const BlockPage& page) {
+Status CheckBlockPage(const Uuid& uuid, const KvLayout& layout, SlotId slot,
+                      const BlockPage& page) {
   const char* reason = nullptr;
   if (page.magic != kBlockMagic) {
     reason = "there is no block header";
@@ -83,12 +117,32 @@ Status CheckBlockPage(const Uuid& uuid, const KvLayout& layout, const BlockPage&
   } else if (page.num_layers != layout.num_layers || page.num_tokens < 1 ||
              page.num_tokens > layout.block_size) {
     reason = "the header's sizes are out of range";
+  } else if (page.slot != slot) {
+    return Status(Code::kCorrupt, "it holds what belongs into slot " + std::to_string(page.slot));
   }
   return reason == nullptr ? Status() : Status(Code::kCorrupt, reason);
 }
 
 BlockHeader HeaderOf(const BlockPage& page) {
-  return {{page.key}, {page.parent}, page.num_tokens, page.depth, page.generation};
+  return {{page.key}, {page.parent}, page.tenant, page.num_tokens, page.depth, page.generation};
+}
+
+void Seal(const Uuid& uuid, uint64_t generation, uint64_t number, IndexPage* page) {
+  page->checksum = PageSum(*page, uuid, generation, number);
+}
+
+bool IsSealed(const Uuid& uuid, uint64_t generation, uint64_t number, const IndexPage& page) {
+  return page.checksum == PageSum(page, uuid, generation, number);
+}
+
+IndexEntry EntryOf(const BlockHeader& header) {
+  return {header.key.bytes,  header.parent.bytes, header.tenant,
+          header.generation, header.num_tokens,   header.depth};
+}
+
+BlockHeader HeaderOf(const IndexEntry& entry) {
+  return {{entry.key},      {entry.parent}, entry.tenant,
+          entry.num_tokens, entry.depth,    entry.generation};
 }
 
 }  // namespace cachedattn

@@ -2,65 +2,82 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cstring>
-#include <unordered_map>
 
+#include "csrc/io/direct_file.h"
 #include "csrc/tier/ssd_file.h"
-#include "csrc/tier/ssd_format.h"
+#include "csrc/tier/ssd_scan.h"
 
 namespace cachedattn {
 namespace {
 
+constexpr uint8_t kMaxTries = 16;  // of an operation that EAGAIN or EINTR sends back
+
 class SsdTierImpl : public SsdTier {
  public:
-  SsdTierImpl(const SsdOptions& options, std::unique_ptr<SsdFile> file,
-              std::unique_ptr<IoEngine> engine)
-      : layout_(options.layout),
-        read_only_(options.read_only),
+  SsdTierImpl(const SsdOptions& options, std::unique_ptr<SsdFile> file)
+      : options_(options),
+        layout_(options_.layout),
+        deadline_us_(options.io_deadline_us),
+        clock_(*options.clock),
         file_(std::move(file)),
-        engine_(std::move(engine)),
-        ops_(engine_->depth()) {
-    why_ = engine_->why();
-    why_ += file_->direct() ? ", O_DIRECT" : ", page cache (the file system refuses O_DIRECT)";
+        engine_(file_->engine()),
+        ops_(engine_.depth()) {
+    why_ = engine_.why();
+    why_ +=
+        file_->file().direct() ? ", O_DIRECT" : ", page cache (the file system refuses O_DIRECT)";
     for (uint32_t i = 0; i < ops_.size(); ++i) free_ops_.push_back(i);
   }
 
   uint32_t num_slots() const override { return file_->num_slots(); }
-  Result<std::vector<ScannedBlock>> Scan(
-      const std::function<void(uint64_t, uint64_t)>& progress) override;
+  Result<std::vector<ScannedBlock>> Scan(const ScanProgress& progress) override;
+  Result<std::vector<ScannedBlock>> ScanHeaders(const ScanProgress& progress) override;
+  const std::vector<ScannedBlock>* index() const override {
+    return file_->index() ? &*file_->index() : nullptr;
+  }
+  const std::vector<SlotDamage>& damaged() const override { return damaged_; }
   void StartWrite(SlotId slot, const BlockHeader& header, std::byte* host_slot,
                   uint64_t tag) override;
   void StartRead(SlotId slot, const BlockHeader& header, uint32_t first_layer, uint32_t num_layers,
                  std::byte* host_slot, uint64_t tag) override;
-  const std::vector<SlotId>& damaged_slots() const override { return damaged_; }
+  void StartProbe(uint64_t tag) override;
   bool can_submit() const override { return !free_ops_.empty(); }
   uint32_t in_flight() const override {
     return static_cast<uint32_t>(ops_.size() - free_ops_.size());
   }
+  uint32_t num_late() const override { return num_late_; }
   void Poll(std::vector<SsdCompletion>* out, int64_t timeout_us) override;
-  Status Sync(const StoreCounters& counters) override;
+  Status Sync(const StoreCounters& counters, std::span<const ScannedBlock> blocks) override {
+    CA_CHECK(!options_.read_only && in_flight() == 0);
+    return file_->Sync(counters, blocks);
+  }
 
-  StoreCounters counters() const override;
+  StoreCounters counters() const override { return CountersOf(file_->superblock()); }
   uint64_t bytes_read() const override { return bytes_read_; }
   uint64_t bytes_written() const override { return bytes_written_; }
   uint64_t checksum_failures() const override { return checksum_failures_; }
-  const char* io_name() const override { return engine_->name(); }
+  const char* io_name() const override { return engine_.name(); }
   const std::string& io_why() const override { return why_; }
 
  private:
-  // A read piece or a write. A piece without the header page is `waiting` from its completion
-  // until the header page of its block is there to verify it.
+  // A read piece, a write or a probe. A piece without the header page is `waiting` from its
+  // completion until the header page of its block is there to verify it.
   struct Op {
     enum State : uint8_t { kFree, kInFlight, kWaiting } state = kFree;
     IoOp kind = IoOp::kRead;
-    bool retried = false;
+    bool probe = false;
     SlotId slot = kNoSlot;
     BlockHeader header;
     uint32_t first_layer = 0, num_layers = 0;
     std::byte* host_slot = nullptr;
     uint64_t tag = 0;
+    bool reread = false;  // a failed read gets one more chance
+    bool late = false;    // the caller knows
+    uint8_t tries = 0;
+    int64_t deadline_ns = 0;
 
-    bool has_header() const { return kind == IoOp::kRead && first_layer == 0; }
+    bool has_header() const { return kind == IoOp::kRead && first_layer == 0 && !probe; }
   };
 
   const Uuid& uuid() const { return file_->superblock().uuid; }
@@ -69,6 +86,9 @@ class SsdTierImpl : public SsdTier {
   void Start(const Op& op);
   void Submit(uint32_t index);
   void OnCompletion(uint32_t index, int32_t result, std::vector<SsdCompletion>* out);
+  void OnProbe(uint32_t index, std::vector<SsdCompletion>* out);
+  void OnDeadline(int64_t now_ns, std::vector<SsdCompletion>* out);
+  bool Again(Op* op, int32_t result) const;
   void VerifyRead(uint32_t index, std::vector<SsdCompletion>* out);
   Status CheckHeader(const Op& op) const;
   Status CheckPiece(const Op& op) const;
@@ -76,19 +96,25 @@ class SsdTierImpl : public SsdTier {
   void Finish(uint32_t index, Status status, std::vector<SsdCompletion>* out);
   std::string Where(const Op& op) const;
 
-  const KvLayout layout_;
-  const bool read_only_;
+  const SsdOptions options_;
+  const KvLayout& layout_;
+  const int64_t deadline_us_;
+  const Clock& clock_;
+  AlignedBytes probe_pages_;  // what is written, then what is read back
   std::unique_ptr<SsdFile> file_;
-  std::unique_ptr<IoEngine> engine_;  // gone before the file it works on
+  IoEngine& engine_;
   std::string why_;
   std::vector<Op> ops_;
   std::vector<uint32_t> free_ops_;
-  std::vector<SlotId> damaged_;
+  int64_t next_deadline_ns_ = INT64_MAX;  // not after the first one of ops_
+  uint32_t num_late_ = 0;
+  std::vector<SlotDamage> damaged_;
   uint64_t bytes_read_ = 0, bytes_written_ = 0, checksum_failures_ = 0;
 };
 
 IoRequest SsdTierImpl::RequestOf(uint32_t index) const {
   const Op& op = ops_[index];
+  if (op.probe) return {op.kind, kScratchOffset, op.host_slot, kPage, index};
   uint64_t begin = layout_.host_slice_offset(op.first_layer);
   uint64_t size = op.num_layers * layout_.slice_stride();
   if (op.first_layer == 0) {  // the header page lies in front of the first layer
@@ -101,44 +127,113 @@ IoRequest SsdTierImpl::RequestOf(uint32_t index) const {
 
 void SsdTierImpl::Submit(uint32_t index) {
   ops_[index].state = Op::kInFlight;
-  engine_->Submit(RequestOf(index));
+  engine_.Submit(RequestOf(index));
 }
 
 void SsdTierImpl::Start(const Op& op) {
   CA_CHECK(!free_ops_.empty());
-  CA_CHECK(op.slot < num_slots());
   CA_CHECK(reinterpret_cast<uintptr_t>(op.host_slot) % kPage == 0);
   const uint32_t index = free_ops_.back();
   free_ops_.pop_back();
   ops_[index] = op;
+  ops_[index].deadline_ns = clock_.NowNs() + deadline_us_ * 1000;
+  next_deadline_ns_ = std::min(next_deadline_ns_, ops_[index].deadline_ns);
   Submit(index);
 }
 
 void SsdTierImpl::StartWrite(SlotId slot, const BlockHeader& header, std::byte* host_slot,
                              uint64_t tag) {
-  CA_CHECK(!read_only_);
+  CA_CHECK(!options_.read_only && slot < num_slots());
   CA_CHECK(header.num_tokens >= 1 && header.num_tokens <= layout_.block_size);
-  SealBlock(uuid(), layout_, header, host_slot);
-  Start({Op::kInFlight, IoOp::kWrite, false, slot, header, 0, layout_.num_layers, host_slot, tag});
+  SealBlock(uuid(), layout_, slot, header, host_slot);
+  Op op;
+  op.kind = IoOp::kWrite;
+  op.slot = slot;
+  op.header = header;
+  op.num_layers = layout_.num_layers;
+  op.host_slot = host_slot;
+  op.tag = tag;
+  Start(op);
 }
 
 void SsdTierImpl::StartRead(SlotId slot, const BlockHeader& header, uint32_t first_layer,
                             uint32_t num_layers, std::byte* host_slot, uint64_t tag) {
-  CA_CHECK(num_layers >= 1 && first_layer < layout_.num_layers);
+  CA_CHECK(slot < num_slots() && num_layers >= 1 && first_layer < layout_.num_layers);
   CA_CHECK(num_layers <= layout_.num_layers - first_layer);
-  Start({Op::kInFlight, IoOp::kRead, false, slot, header, first_layer, num_layers, host_slot, tag});
+  Op op;
+  op.kind = IoOp::kRead;
+  op.slot = slot;
+  op.header = header;
+  op.first_layer = first_layer;
+  op.num_layers = num_layers;
+  op.host_slot = host_slot;
+  op.tag = tag;
+  Start(op);
+}
+
+void SsdTierImpl::StartProbe(uint64_t tag) {
+  CA_CHECK(!options_.read_only);
+  if (probe_pages_ == nullptr) probe_pages_ = AllocatePages(2 * kPage);
+  const int64_t now_ns = clock_.NowNs();  // a page that was never written
+  for (uint64_t i = 0; i < kPage; i += sizeof(now_ns)) {
+    std::memcpy(probe_pages_.get() + i, &now_ns, sizeof(now_ns));
+  }
+  Op op;
+  op.kind = IoOp::kWrite;
+  op.probe = true;
+  op.host_slot = probe_pages_.get();
+  op.tag = tag;
+  Start(op);
 }
 
 void SsdTierImpl::Poll(std::vector<SsdCompletion>* out, int64_t timeout_us) {
+  if (in_flight() == 0) return;
+  const int64_t now_ns = clock_.NowNs();
+  if (next_deadline_ns_ != INT64_MAX) {
+    timeout_us = std::clamp<int64_t>((next_deadline_ns_ - now_ns + 999) / 1000, 0, timeout_us);
+  }
   std::array<IoCompletion, 64> finished;
-  size_t count = engine_->Poll(finished, timeout_us);
+  size_t count = engine_.Poll(finished, timeout_us);
   while (count > 0) {
     for (size_t i = 0; i < count; ++i) {
       OnCompletion(static_cast<uint32_t>(finished[i].tag), finished[i].result, out);
     }
     // A full array: more may be finished.
-    count = count == finished.size() ? engine_->Poll(finished, 0) : 0;
+    count = count == finished.size() ? engine_.Poll(finished, 0) : 0;
   }
+  const int64_t after_ns = timeout_us > 0 ? clock_.NowNs() : now_ns;
+  if (after_ns >= next_deadline_ns_) OnDeadline(after_ns, out);
+}
+
+void SsdTierImpl::OnDeadline(int64_t now_ns, std::vector<SsdCompletion>* out) {
+  next_deadline_ns_ = INT64_MAX;
+  for (uint32_t i = 0; i < ops_.size(); ++i) {
+    Op& op = ops_[i];
+    if (op.state == Op::kFree || op.late) continue;
+    if (now_ns < op.deadline_ns) {
+      next_deadline_ns_ = std::min(next_deadline_ns_, op.deadline_ns);
+      continue;
+    }
+    Status status(Code::kIo, Where(op) + ": the disk did not answer within " +
+                                 std::to_string(deadline_us_ / 1000) + " ms");
+    if (op.state == Op::kWaiting) {  // its own bytes are here
+      Finish(i, std::move(status), out);
+      continue;
+    }
+    op.late = true;
+    ++num_late_;
+    out->push_back({op.tag, std::move(status), true});
+  }
+}
+
+// True when the operation is to be submitted once more. Never after its deadline: the caller may
+// have been told.
+bool SsdTierImpl::Again(Op* op, int32_t result) const {
+  if (op->late || clock_.NowNs() >= op->deadline_ns) return false;
+  if (result == -EAGAIN || result == -EINTR) return ++op->tries < kMaxTries;
+  if (op->kind != IoOp::kRead || op->reread || op->probe) return false;
+  op->reread = true;
+  return true;
 }
 
 void SsdTierImpl::OnCompletion(uint32_t index, int32_t result, std::vector<SsdCompletion>* out) {
@@ -147,8 +242,7 @@ void SsdTierImpl::OnCompletion(uint32_t index, int32_t result, std::vector<SsdCo
   const uint32_t size = RequestOf(index).size;
   if (result > 0) (op.kind == IoOp::kRead ? bytes_read_ : bytes_written_) += result;
   if (result != static_cast<int64_t>(size)) {
-    if (op.kind == IoOp::kRead && !op.retried) {
-      op.retried = true;
+    if (Again(&op, result)) {
       Submit(index);
     } else if (result < 0) {
       Finish(index, ErrnoStatus(Where(op), -result), out);
@@ -158,13 +252,30 @@ void SsdTierImpl::OnCompletion(uint32_t index, int32_t result, std::vector<SsdCo
                                    std::to_string(size) + " bytes"),
              out);
     }
+  } else if (op.probe) {
+    OnProbe(index, out);
   } else if (op.kind == IoOp::kWrite) {
     Finish(index, Status(), out);
+  } else if (op.late) {
+    Finish(index, Status(Code::kIo, Where(op) + ": it came too late"), out);
   } else if (!op.has_header() && HeaderInFlight(op.host_slot)) {
     op.state = Op::kWaiting;
   } else {
     VerifyRead(index, out);
   }
+}
+
+void SsdTierImpl::OnProbe(uint32_t index, std::vector<SsdCompletion>* out) {
+  Op& op = ops_[index];
+  if (op.kind == IoOp::kWrite && !op.late) {
+    op.kind = IoOp::kRead;
+    op.host_slot = probe_pages_.get() + kPage;
+    Submit(index);
+    return;
+  }
+  const bool same = std::memcmp(probe_pages_.get(), probe_pages_.get() + kPage, kPage) == 0;
+  const bool ok = same && !op.late;
+  Finish(index, ok ? Status() : Status(Code::kIo, "what was written does not come back"), out);
 }
 
 void SsdTierImpl::VerifyRead(uint32_t index, std::vector<SsdCompletion>* out) {
@@ -174,8 +285,7 @@ void SsdTierImpl::VerifyRead(uint32_t index, std::vector<SsdCompletion>* out) {
   if (status.ok()) status = CheckPiece(op);
   if (!status.ok() && readable) {
     ++checksum_failures_;
-    if (!op.retried) {
-      op.retried = true;
+    if (Again(&op, 0)) {
       Submit(index);
       return;
     }
@@ -186,7 +296,7 @@ void SsdTierImpl::VerifyRead(uint32_t index, std::vector<SsdCompletion>* out) {
 // The header page in the host slot is whole and is that of the expected block.
 Status SsdTierImpl::CheckHeader(const Op& op) const {
   const auto& page = *reinterpret_cast<const BlockPage*>(op.host_slot);
-  Status status = CheckBlockPage(uuid(), layout_, page);
+  Status status = CheckBlockPage(uuid(), layout_, op.slot, page);
   if (!status.ok()) return Status(Code::kCorrupt, Where(op) + ": " + status.message());
   if (HeaderOf(page) == op.header) return Status();
   return Status(Code::kCorrupt, Where(op) + ": the slot holds another block");
@@ -198,7 +308,7 @@ Status SsdTierImpl::CheckPiece(const Op& op) const {
     const uint32_t layer = op.first_layer + i;
     const std::byte* slice = op.host_slot + layout_.host_slice_offset(layer);
     if (SliceSum(uuid(), op.header.key, layer, {slice, layout_.slice_bytes()}) !=
-        page.sums[layer]) {
+        page.seals[layer]) {
       return Status(Code::kCorrupt, Where(op) + ": the checksum of layer " + std::to_string(layer) +
                                         " does not match");
     }
@@ -217,6 +327,7 @@ void SsdTierImpl::Finish(uint32_t index, Status status, std::vector<SsdCompletio
   const Op op = ops_[index];
   ops_[index].state = Op::kFree;
   free_ops_.push_back(index);
+  num_late_ -= op.late;
   const bool ok = status.ok();
   out->push_back({op.tag, std::move(status)});
   if (!op.has_header()) return;
@@ -228,91 +339,80 @@ void SsdTierImpl::Finish(uint32_t index, Status status, std::vector<SsdCompletio
 }
 
 std::string SsdTierImpl::Where(const Op& op) const {
+  if (op.probe) return "probing the disk";
   return std::string(op.kind == IoOp::kRead ? "reading" : "writing") + " slot " +
          std::to_string(op.slot);
 }
 
-// A slot that no block was ever written to: the file's space is reserved zeroed.
-bool IsZero(const BlockPage& page) {
-  const auto bytes = std::as_bytes(std::span(&page, 1));
-  return std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{0}; });
+Result<std::vector<ScannedBlock>> SsdTierImpl::Scan(const ScanProgress& progress) {
+  if (!file_->index()) return ScanHeaders(progress);
+  damaged_.clear();
+  if (progress) progress(num_slots(), num_slots());
+  return NewestOfEachKey(*file_->index());
 }
 
-Result<std::vector<ScannedBlock>> SsdTierImpl::Scan(
-    const std::function<void(uint64_t, uint64_t)>& progress) {
+Result<std::vector<ScannedBlock>> SsdTierImpl::ScanHeaders(const ScanProgress& progress) {
   CA_CHECK(in_flight() == 0);
-  const uint32_t depth = engine_->depth();
-  AlignedBytes pages = AllocateAligned(AlignUp(depth * kPage, kHugePage), kHugePage);
-  std::unordered_map<BlockKey, ScannedBlock, DigestHash> newest;
-  std::vector<SlotId> slot_of(depth);
   damaged_.clear();
-  const auto start = [&](uint32_t index, SlotId slot) {
-    slot_of[index] = slot;
-    engine_->Submit({IoOp::kRead, SlotOffset(slot), pages.get() + index * kPage, kPage, index});
-  };
-  const auto take = [&](uint32_t index, int32_t result) {
-    const auto& page = *reinterpret_cast<const BlockPage*>(pages.get() + index * kPage);
-    const bool read = result == static_cast<int32_t>(kPage);
-    if (read && IsZero(page)) return;  // never written
-    if (!read || !CheckBlockPage(uuid(), layout_, page).ok()) {
-      checksum_failures_ += read ? 1 : 0;
-      damaged_.push_back(slot_of[index]);
-      return;
-    }
-    const ScannedBlock block{slot_of[index], HeaderOf(page)};
-    auto [entry, added] = newest.try_emplace(block.header.key, block);
-    if (!added && block.header.generation > entry->second.header.generation) entry->second = block;
-  };
-  SlotId next = 0;
-  for (; next < std::min(depth, num_slots()); ++next) start(next, next);
-  std::array<IoCompletion, 64> finished;
-  for (uint32_t done = 0; done < num_slots();) {
-    const size_t count = engine_->Poll(finished, 100'000);
-    for (size_t i = 0; i < count; ++i) {
-      const uint32_t index = static_cast<uint32_t>(finished[i].tag);
-      take(index, finished[i].result);
-      if (next < num_slots()) start(index, next++);
-    }
-    done += static_cast<uint32_t>(count);
-    if (progress && count > 0) progress(done, num_slots());
-  }
-  std::sort(damaged_.begin(), damaged_.end());
-  std::vector<ScannedBlock> blocks;
-  blocks.reserve(newest.size());
-  for (const auto& [key, block] : newest) blocks.push_back(block);
-  std::sort(blocks.begin(), blocks.end(),
-            [](const ScannedBlock& a, const ScannedBlock& b) { return a.slot < b.slot; });
+  auto blocks = ReadHeaders(file_.get(), options_, progress, &damaged_);
+  for (const SlotDamage& damage : damaged_) checksum_failures_ += !damage.unreadable;
   return blocks;
 }
 
-Status SsdTierImpl::Sync(const StoreCounters& counters) {
-  CA_CHECK(!read_only_ && in_flight() == 0);
-  return file_->Sync(counters);
+Status Validate(const SsdOptions& options) {
+  Status status = options.layout.Validate();
+  if (status.ok()) status = options.io.Validate();
+  if (!status.ok()) return status;
+  if (options.io_deadline_us < 1) {
+    return Status(Code::kInvalidArgument, "io_deadline: must be positive");
+  }
+  if (options.read_only || SlotsWithin(options.layout, options.max_bytes) > 0) return Status();
+  return Status(Code::kInvalidArgument,
+                "the SSD tier's cap of " + std::to_string(options.max_bytes) +
+                    " bytes holds no block; one block needs " +
+                    std::to_string(SsdFileBytes(options.layout, 1)) + " bytes");
 }
-
-StoreCounters SsdTierImpl::counters() const { return CountersOf(file_->superblock()); }
 
 }  // namespace
 
+Result<std::unique_ptr<SsdTier>> SsdTier::OpenOn(const SsdOptions& options,
+                                                 std::unique_ptr<BlockFile> file) {
+  Status status = Validate(options);
+  if (!status.ok()) return status;
+  auto opened = std::make_unique<SsdFile>(options);
+  if (options.read_only) {
+    status = opened->OpenReadOnly(std::move(file));
+    if (status.ok()) status = opened->CheckMatch();
+    if (status.ok()) status = opened->ReadIndex();
+  } else {
+    status = opened->Open(std::move(file));
+  }
+  if (!status.ok()) return status;
+  return std::unique_ptr<SsdTier>(std::make_unique<SsdTierImpl>(options, std::move(opened)));
+}
+
 Result<std::unique_ptr<SsdTier>> SsdTier::Open(const SsdOptions& options) {
-  Result<std::unique_ptr<SsdFile>> file = SsdFile::Open(options);
+  Status status = Validate(options);
+  if (!status.ok()) return status;
+  auto file = OpenStoreFile(options.directory, options.read_only);
   if (!file.ok()) return file.status();
-  Result<std::unique_ptr<IoEngine>> engine = OpenIoEngine(file.value()->fd(), options.io);
-  if (!engine.ok()) return engine.status();
-  return std::unique_ptr<SsdTier>(
-      std::make_unique<SsdTierImpl>(options, std::move(file.value()), std::move(engine.value())));
+  return OpenOn(options, std::move(file.value()));
 }
 
 Result<SsdInfo> ReadSsdInfo(const std::string& directory) {
-  Result<std::unique_ptr<SsdFile>> file = SsdFile::OpenReadOnly(directory);
+  auto file = OpenStoreFile(directory, true);
   if (!file.ok()) return file.status();
-  const Superblock& superblock = file.value()->superblock();
+  SsdOptions options;
+  options.io.depth = 1;
+  SsdFile opened(options);
+  if (Status status = opened.OpenReadOnly(std::move(file.value())); !status.ok()) return status;
+  const Superblock& superblock = opened.superblock();
   SsdInfo info;
   info.layout = LayoutOf(superblock);
   info.identity.bytes = superblock.identity;
   info.model_name = NameOf(superblock);
   info.uuid = superblock.uuid;
-  info.num_slots = file.value()->num_slots();
+  info.num_slots = opened.num_slots();
   info.clean = superblock.clean != 0;
   info.counters = CountersOf(superblock);
   return info;

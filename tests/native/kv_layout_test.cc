@@ -36,7 +36,7 @@ TEST(KvLayout, NamesTheFieldThatIsOutOfRange) {
   bad.num_layers = 0;
   expect(bad, "num_layers is 0");
   bad.num_layers = KvLayout::kMaxLayers + 1;
-  expect(bad, "num_layers is 257");
+  expect(bad, "num_layers is 241");
   bad = good;
   bad.num_kv_heads = 0;
   expect(bad, "num_kv_heads is 0");
@@ -51,7 +51,7 @@ TEST(KvLayout, NamesTheFieldThatIsOutOfRange) {
   bad = good;
   bad.dtype = static_cast<DType>(3);
   expect(bad, "dtype is 3");
-  expect({256, 1024, 1024, 4096, DType::kFloat32}, "smaller block_size");
+  expect({240, 1024, 1024, 4096, DType::kFloat32}, "smaller block_size");
 }
 
 }  // namespace

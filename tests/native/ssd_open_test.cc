@@ -106,7 +106,7 @@ TEST(SsdOpen, ReadOnlyChangesNothing) {
   ASSERT_TRUE(WriteBlock(tier.get(), 3, 1).ok());
   StoreCounters counters;
   counters.turns = 9;
-  ASSERT_TRUE(tier->Sync(counters).ok());
+  ASSERT_TRUE(tier->Sync(counters, std::vector<ScannedBlock>{{3, HeaderOfBlock(1)}}).ok());
   tier.reset();
   const auto before = fs::last_write_time(BlocksFile(options.directory));
   fs::remove(dir / "kv/LOCK");
@@ -152,7 +152,7 @@ TEST(SsdOpen, CleanMeansSyncWasTheLastWord) {
   EXPECT_FALSE(clean());
   tier.reset();
   EXPECT_FALSE(clean());
-  ASSERT_TRUE(MustOpen(options)->Sync({}).ok());
+  ASSERT_TRUE(MustOpen(options)->Sync({}, {}).ok());
   EXPECT_TRUE(clean());
   tier = MustOpen(options);
   EXPECT_FALSE(clean());
@@ -165,27 +165,28 @@ TEST(SsdOpen, TheCapHoldsWhenItChanges) {
     auto tier = MustOpen(options);
     for (uint32_t slot = 0; slot < 4; ++slot) ASSERT_TRUE(WriteBlock(tier.get(), slot, slot).ok());
   }
-  options.max_bytes = SlotOffset(6) + 100;  // grows to six slots, the rest is not enough
+  options.max_bytes =
+      SsdFileBytes(options.layout, 6) + 100;  // grows to six slots, the rest is not enough
   {
     auto tier = MustOpen(options);
     EXPECT_EQ(tier->num_slots(), 6u);
     EXPECT_EQ(tier->Scan({}).value().size(), 4u);
     EXPECT_TRUE(WriteBlock(tier.get(), 5, 5).ok());
   }
-  EXPECT_EQ(fs::file_size(BlocksFile(options.directory)), SlotOffset(6));
-  options.max_bytes = SlotOffset(2);
+  EXPECT_EQ(fs::file_size(BlocksFile(options.directory)), SsdFileBytes(options.layout, 6));
+  options.max_bytes = SsdFileBytes(options.layout, 2);
   {
     auto tier = MustOpen(options);
     EXPECT_EQ(tier->num_slots(), 2u);
     EXPECT_EQ(tier->Scan({}).value().size(), 2u);
     EXPECT_TRUE(ReadBlock(tier.get(), 1, 1).ok());
   }
-  EXPECT_EQ(fs::file_size(BlocksFile(options.directory)), SlotOffset(2));
-  options.max_bytes = SlotOffset(1) - 1;
+  EXPECT_EQ(fs::file_size(BlocksFile(options.directory)), SsdFileBytes(options.layout, 2));
+  options.max_bytes = SsdFileBytes(options.layout, 1) - 1;
   const Status status = SsdTier::Open(options).status();
   EXPECT_EQ(status.code(), Code::kInvalidArgument);
-  EXPECT_TRUE(Has(status, std::to_string(SlotOffset(1)))) << status.message();
-  EXPECT_EQ(fs::file_size(BlocksFile(options.directory)), SlotOffset(2));
+  EXPECT_TRUE(Has(status, std::to_string(options.max_bytes + 1))) << status.message();
+  EXPECT_EQ(fs::file_size(BlocksFile(options.directory)), SsdFileBytes(options.layout, 2));
 }
 
 TEST(SsdOpen, BadArgumentsAreRefusedBeforeAnythingIsMade) {
@@ -253,11 +254,12 @@ TEST(SsdOpen, AFullDiskIsToldAndLeavesNothing) {
         !Has(grown, "cannot reserve 8") || !Has(grown, dir / "kv/blocks")) {
       return "unexpected: " + grown.message();
     }
-    if (fs::file_size(dir / "kv/blocks") != SlotOffset(8)) return "the old file was changed";
+    if (fs::file_size(dir / "kv/blocks") != SsdFileBytes(SmallLayout(), 8))
+      return "the old file was changed";
     options.directory = dir / "new";
     const Status made = SsdTier::Open(options).status();
     if (made.code() != Code::kIo) return "unexpected: " + made.message();
-    if (fs::exists(dir / "new/blocks")) return "half a file was left";
+    if (fs::file_size(dir / "new/blocks") != 0) return "half a file was left";
     return "";
   });
 }
@@ -273,7 +275,7 @@ TEST(SsdOpen, WorksWhereODirectIsRefused) {
     if (why.find("refuses O_DIRECT") == std::string::npos) return "not reported: " + why;
     Status status = WriteBlock(tier.value().get(), 2, 5);
     if (status.ok()) status = ReadBlock(tier.value().get(), 2, 5);
-    if (status.ok()) status = tier.value()->Sync({});
+    if (status.ok()) status = tier.value()->Sync({}, {});
     return status.ok() ? "" : status.message();
   });
 }

@@ -107,7 +107,10 @@ TEST_P(SsdTierTest, ScanAfterReopen) {
   counters.tokens_from_device = 1;
   counters.tokens_from_dram = 2;
   counters.tokens_from_ssd = 4;
-  ASSERT_TRUE(tier_->Sync(counters).ok());
+  ASSERT_TRUE(tier_
+                  ->Sync(counters, std::vector<ScannedBlock>{{6, HeaderOfBlock(11, 1)},
+                                                             {2, HeaderOfBlock(12, 2)}})
+                  .ok());
   Open();
   EXPECT_EQ(tier_->counters().turns, 3u);
   EXPECT_EQ(tier_->counters().tokens_requested, 100u);
@@ -234,10 +237,10 @@ TEST_P(SsdTierTest, ScanLeavesOutWhatItCannotRead) {
   EXPECT_EQ(plan_.fired(), 2u);
   ASSERT_EQ(blocks.size(), 1u);
   EXPECT_EQ(blocks[0].slot, 2u);
-  EXPECT_EQ(tier_->damaged_slots(), (std::vector<SlotId>{0, 1}));
+  EXPECT_EQ(SlotsOf(tier_->damaged()), (std::vector<SlotId>{0, 1}));
   EXPECT_EQ(tier_->checksum_failures(), 1u) << "the other one could not be read";
   EXPECT_EQ(Scan().size(), 3u);
-  EXPECT_TRUE(tier_->damaged_slots().empty());
+  EXPECT_TRUE(tier_->damaged().empty());
 }
 
 INSTANTIATE_TEST_SUITE_P(Engines, SsdTierTest, ::testing::Values(IoKind::kUring, IoKind::kThreads),

@@ -14,12 +14,7 @@ class StoreFaultTest : public ::testing::TestWithParam<bool> {
  protected:
   std::unique_ptr<AttentionStore> Open(uint32_t dram = 16, uint32_t ssd = 16) {
     const StoreOptions options = TinyOptions({dram, ssd, GetParam() ? 20u : 0u}, dir_ / "kv");
-    SsdOptions ssd_options{.directory = options.path,
-                           .layout = options.layout,
-                           .identity = options.identity,
-                           .model_name = options.model_name,
-                           .max_bytes = options.ssd_bytes,
-                           .io = {.depth = options.io_depth}};
+    SsdOptions ssd_options = SsdOptionsOf(options);
     ssd_options.io.wrap = plan_.Wrap();
     auto tier = SsdTier::Open(ssd_options);
     EXPECT_TRUE(tier.ok()) << tier.status().message();

@@ -27,12 +27,7 @@ class StoreRandomTest : public ::testing::TestWithParam<World> {
     options.dram_reserve = 0.1;
     std::unique_ptr<SsdTier> ssd;
     if (options.ssd_bytes != 0) {
-      SsdOptions ssd_options{.directory = options.path,
-                             .layout = options.layout,
-                             .identity = options.identity,
-                             .model_name = options.model_name,
-                             .max_bytes = options.ssd_bytes,
-                             .io = {.depth = options.io_depth}};
+      SsdOptions ssd_options = SsdOptionsOf(options);
       if (GetParam().faults) ssd_options.io.wrap = plan_.Wrap();
       auto tier = SsdTier::Open(ssd_options);
       ASSERT_TRUE(tier.ok()) << tier.status().message();

@@ -25,7 +25,7 @@ inline SsdOptions SmallStore(const std::string& directory, uint32_t num_slots = 
   options.layout = SmallLayout();
   options.identity.bytes[0] = 17;
   options.model_name = "tiny";
-  options.max_bytes = kFirstSlot + num_slots * options.layout.host_slot_bytes();
+  options.max_bytes = SsdFileBytes(options.layout, num_slots);
   options.io.depth = 4;
   return options;
 }
@@ -42,7 +42,12 @@ inline std::unique_ptr<SsdTier> MustOpen(const SsdOptions& options) {
 inline BlockHeader HeaderOfBlock(uint32_t number, uint64_t generation = 1) {
   const TokenId token = static_cast<TokenId>(number);
   const BlockKey root = RootKey({}, "");
-  return {ChildKey(root, {}, std::span(&token, 1)), root, number % 16 + 1, number, generation};
+  return {ChildKey(root, {}, std::span(&token, 1)),
+          root,
+          {1, 2, 3},
+          number % 16 + 1,
+          number,
+          generation};
 }
 
 // A page-aligned host slot.
@@ -100,6 +105,12 @@ inline Status ReadBlock(SsdTier* tier, SlotId slot, uint32_t number, uint64_t ge
     EXPECT_TRUE(host.SamePayload(expected));
   }
   return status;
+}
+
+inline std::vector<SlotId> SlotsOf(const std::vector<SlotDamage>& damaged) {
+  std::vector<SlotId> slots;
+  for (const SlotDamage& damage : damaged) slots.push_back(damage.slot);
+  return slots;
 }
 
 inline std::string BlocksFile(const std::string& directory) { return directory + "/blocks"; }

@@ -40,13 +40,25 @@ inline StoreOptions TinyOptions(const Sizes& sizes, const std::string& path = ""
   options.dram_bytes = sizes.dram * options.layout.host_slot_bytes();
   options.device_bytes = sizes.device * options.layout.payload_bytes();
   if (sizes.ssd != 0) {
-    options.ssd_bytes = kFirstSlot + sizes.ssd * options.layout.host_slot_bytes();
+    options.ssd_bytes = SsdFileBytes(options.layout, sizes.ssd);
     options.path = path;
   }
   options.dram_reserve = 0;
   options.io_depth = 16;
   options.poison = true;
   return options;
+}
+
+// What AttentionStore::Open passes on, for tests that change it.
+inline SsdOptions SsdOptionsOf(const StoreOptions& options) {
+  SsdOptions ssd;
+  ssd.directory = options.path;
+  ssd.layout = options.layout;
+  ssd.identity = options.identity;
+  ssd.model_name = options.model_name;
+  ssd.max_bytes = options.ssd_bytes;
+  ssd.io.depth = options.io_depth;
+  return ssd;
 }
 
 inline std::unique_ptr<AttentionStore> MustOpenStore(const StoreOptions& options) {
