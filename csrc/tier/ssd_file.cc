@@ -22,6 +22,19 @@ void SetCounters(const StoreCounters& counters, Superblock* superblock) {
 
 }  // namespace
 
+Status SsdOptions::Validate() const {
+  Status status = layout.Validate();
+  if (status.ok()) status = io.Validate();
+  if (!status.ok()) return status;
+  if (io_deadline_us < 1) {
+    return Status(Code::kInvalidArgument, "io_deadline: must be positive");
+  }
+  if (read_only || SlotsWithin(layout, max_bytes) > 0) return Status();
+  return Status(Code::kInvalidArgument, "the SSD tier's cap of " + std::to_string(max_bytes) +
+                                            " bytes holds no block; one block needs " +
+                                            std::to_string(SsdFileBytes(layout, 1)) + " bytes");
+}
+
 // One operation, waited for. Whole or an error.
 Status SsdFile::Move(IoOp op, uint64_t offset, std::byte* data, uint32_t size) {
   const int64_t deadline_us = options_.io_deadline_us * (op == IoOp::kSync ? kSyncDeadlines : 1);
@@ -266,6 +279,25 @@ Status SsdFile::Sync(const StoreCounters& counters, std::span<const ScannedBlock
   if (status.ok()) status = WriteSuperblock();
   if (status.ok()) status = Move(IoOp::kSync, 0, nullptr, 0);
   return status;
+}
+
+Result<SsdInfo> ReadSsdInfo(const std::string& directory) {
+  auto file = OpenStoreFile(directory, true);
+  if (!file.ok()) return file.status();
+  SsdOptions options;
+  options.io.depth = 1;
+  SsdFile opened(options);
+  if (Status status = opened.OpenReadOnly(std::move(file.value())); !status.ok()) return status;
+  const Superblock& superblock = opened.superblock();
+  SsdInfo info;
+  info.layout = LayoutOf(superblock);
+  info.identity.bytes = superblock.identity;
+  info.model_name = NameOf(superblock);
+  info.uuid = superblock.uuid;
+  info.num_slots = opened.num_slots();
+  info.clean = superblock.clean != 0;
+  info.counters = CountersOf(superblock);
+  return info;
 }
 
 }  // namespace cachedattn

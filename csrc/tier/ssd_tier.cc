@@ -359,25 +359,11 @@ Result<std::vector<ScannedBlock>> SsdTierImpl::ScanHeaders(const ScanProgress& p
   return blocks;
 }
 
-Status Validate(const SsdOptions& options) {
-  Status status = options.layout.Validate();
-  if (status.ok()) status = options.io.Validate();
-  if (!status.ok()) return status;
-  if (options.io_deadline_us < 1) {
-    return Status(Code::kInvalidArgument, "io_deadline: must be positive");
-  }
-  if (options.read_only || SlotsWithin(options.layout, options.max_bytes) > 0) return Status();
-  return Status(Code::kInvalidArgument,
-                "the SSD tier's cap of " + std::to_string(options.max_bytes) +
-                    " bytes holds no block; one block needs " +
-                    std::to_string(SsdFileBytes(options.layout, 1)) + " bytes");
-}
-
 }  // namespace
 
 Result<std::unique_ptr<SsdTier>> SsdTier::OpenOn(const SsdOptions& options,
                                                  std::unique_ptr<BlockFile> file) {
-  Status status = Validate(options);
+  Status status = options.Validate();
   if (!status.ok()) return status;
   auto opened = std::make_unique<SsdFile>(options);
   if (options.read_only) {
@@ -392,30 +378,11 @@ Result<std::unique_ptr<SsdTier>> SsdTier::OpenOn(const SsdOptions& options,
 }
 
 Result<std::unique_ptr<SsdTier>> SsdTier::Open(const SsdOptions& options) {
-  Status status = Validate(options);
+  Status status = options.Validate();
   if (!status.ok()) return status;
   auto file = OpenStoreFile(options.directory, options.read_only);
   if (!file.ok()) return file.status();
   return OpenOn(options, std::move(file.value()));
-}
-
-Result<SsdInfo> ReadSsdInfo(const std::string& directory) {
-  auto file = OpenStoreFile(directory, true);
-  if (!file.ok()) return file.status();
-  SsdOptions options;
-  options.io.depth = 1;
-  SsdFile opened(options);
-  if (Status status = opened.OpenReadOnly(std::move(file.value())); !status.ok()) return status;
-  const Superblock& superblock = opened.superblock();
-  SsdInfo info;
-  info.layout = LayoutOf(superblock);
-  info.identity.bytes = superblock.identity;
-  info.model_name = NameOf(superblock);
-  info.uuid = superblock.uuid;
-  info.num_slots = opened.num_slots();
-  info.clean = superblock.clean != 0;
-  info.counters = CountersOf(superblock);
-  return info;
 }
 
 }  // namespace cachedattn

@@ -33,6 +33,8 @@ struct SsdOptions {
   int64_t io_deadline_us = 2'000'000;  // of one read or write
   const Clock* clock = &SystemClock();
   bool read_only = false;  // inspect and check: no lock kept, nothing written
+
+  Status Validate() const;  // kInvalidArgument
 };
 
 // What a slot's header says about its block.
