@@ -49,6 +49,15 @@ std::optional<uint32_t> Directory::FindTenant(const TenantId& id) const {
   return it == tenant_index_.end() ? std::nullopt : std::optional(it->second);
 }
 
+BlockHeader Directory::HeaderOf(const Block& block) const {
+  return {.key = block.key,
+          .parent = block.parent,
+          .tenant = tenants_[block.tenant].id,
+          .num_tokens = block.num_tokens,
+          .depth = block.depth,
+          .generation = block.generation};
+}
+
 Transfer Directory::BeginFill(const BlockRef& block, Tier tier, Slot slot) {
   CA_CHECK(slot);
   SetState(block.get(), tier, CopyState::kAbsent, CopyState::kFilling);

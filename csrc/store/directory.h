@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "csrc/store/rank_heap.h"
+#include "csrc/tier/ssd_tier.h"
 
 namespace cachedattn {
 
@@ -81,6 +82,8 @@ class Directory {
   uint32_t TenantIndex(const TenantId& id);
   std::optional<uint32_t> FindTenant(const TenantId& id) const;
   const TenantId& tenant(uint32_t index) const { return tenants_[index].id; }
+  // What the slot of its SSD copy says.
+  BlockHeader HeaderOf(const Block& block) const;
 
   // kAbsent -> kFilling.
   Transfer BeginFill(const BlockRef& block, Tier tier, Slot slot);
@@ -117,6 +120,9 @@ class Directory {
   // Drops the part-filled tails that `block` replaces, as far as nothing uses them.
   void DropReplaced(Block* block);
 
+  void ForEach(const auto& visit) const {
+    for (const BlockRef& block : blocks_) visit(*block);
+  }
   size_t num_blocks() const { return blocks_.size(); }
   uint32_t num_pinned(Tier tier) const { return num_pinned_[Index(tier)]; }
 

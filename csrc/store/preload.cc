@@ -150,11 +150,7 @@ void Preloader::StartReadPiece(Piece piece) {
   }
   const Block& block = *fill.block;
   const SlotId slot = fill.source.slot();
-  const BlockHeader header{.key = block.key,
-                           .parent = block.parent,
-                           .num_tokens = block.num_tokens,
-                           .depth = block.depth,
-                           .generation = block.generation};
+  const BlockHeader header = directory_->HeaderOf(block);
   trace_->Add(TraceKind::kReadStart, fill.sequence, piece.first_layer, piece.num_layers, slot);
   const uint64_t tag = next_tag_++;
   const uint32_t first_layer = piece.first_layer, num_layers = piece.num_layers;

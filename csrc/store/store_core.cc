@@ -40,10 +40,9 @@ Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progres
   std::vector<BlockRef> blocks;
   blocks.reserve(scanned.value().size());
   uint64_t newest = 0;
-  const uint32_t tenant = directory.TenantIndex(TenantIdOf(""));
   for (const auto& [slot, header] : scanned.value()) {
-    blocks.push_back(
-        directory.Insert(tenant, header.key, header.parent, header.num_tokens, header.depth));
+    blocks.push_back(directory.Insert(directory.TenantIndex(header.tenant), header.key,
+                                      header.parent, header.num_tokens, header.depth));
     blocks.back()->generation = header.generation;
     newest = std::max(newest, header.generation);
   }
@@ -68,15 +67,10 @@ Status StoreCore::Close() {
   closed = true;
   if (tiers.ssd == nullptr) return Status();
   std::vector<ScannedBlock> blocks;
-  for (const auto& [rank, block] : directory.evictable(Tier::kSsd)) {
-    blocks.push_back({block->copy(Tier::kSsd).slot.id(),
-                      {.key = block->key,
-                       .parent = block->parent,
-                       .tenant = {},
-                       .num_tokens = block->num_tokens,
-                       .depth = block->depth,
-                       .generation = block->generation}});
-  }
+  directory.ForEach([&](const Block& block) {
+    if (!block.ready(Tier::kSsd)) return;
+    blocks.push_back({block.copy(Tier::kSsd).slot.id(), directory.HeaderOf(block)});
+  });
   return tiers.ssd->Sync(TotalCounters(), blocks);
 }
 

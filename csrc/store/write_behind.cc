@@ -67,17 +67,13 @@ void WriteBehind::Start(const BlockRef& block, Slot slot) {
   const SlotId ssd_slot = slot.id();
   Write write{directory_->BeginFill(block, Tier::kSsd, std::move(slot)),
               directory_->Pin(block, Tier::kDram)};
-  const BlockHeader header{.key = block->key,
-                           .parent = block->parent,
-                           .num_tokens = block->num_tokens,
-                           .depth = block->depth,
-                           .generation = ++generation_};
+  block->generation = ++generation_;
+  const BlockHeader header = directory_->HeaderOf(*block);
   const SlotId dram_slot = write.source.slot();
   trace_->Add(TraceKind::kWriteStart, 0, 0, tiers_->layout.num_layers, dram_slot);
   const uint64_t tag = next_tag_++;
   in_flight_.emplace(tag, std::move(write));
   tiers_->ssd->StartWrite(ssd_slot, header, tiers_->dram->slot(dram_slot), tag);
-  block->generation = header.generation;
 }
 
 void WriteBehind::OnDone(uint64_t tag, const Status& status) {

@@ -162,7 +162,7 @@ class CrashLoop {
     SsdTier* tier = opened.value().get();
     auto scanned = tier->Scan({});
     if (!scanned.ok()) return "the store cannot be scanned: " + scanned.status().message();
-    torn_ += tier->damaged_slots().size();
+    torn_ += tier->damaged().size();
     // At most four writes were under way, into places whose blocks had to go.
     const auto recovered = static_cast<uint32_t>(scanned.value().size());
     lost_ += testament_->blocks_on_ssd - std::min(+testament_->blocks_on_ssd, recovered + 4);

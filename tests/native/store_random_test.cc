@@ -93,6 +93,7 @@ class StoreRandomTest : public ::testing::TestWithParam<World> {
 
   void Reopen() {
     for (auto& turn : running_) turn.reset();
+    plan_.Clear();  // opening and closing use the disk too
     ASSERT_TRUE(store_->Close().ok());
     store_.reset();
     Open();
@@ -163,6 +164,7 @@ TEST_P(StoreRandomTest, WhatIsFoundIsRight) {
     EXPECT_EQ(store_->stats().checksum_failures, 0u);
   }
   for (auto& turn : running_) turn.reset();
+  plan_.Clear();
   EXPECT_TRUE(store_->Close().ok());
 }
 

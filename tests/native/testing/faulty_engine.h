@@ -39,6 +39,7 @@ struct Fault {
 class FaultPlan {
  public:
   void Add(const Fault& fault) { faults_.push_back(fault); }
+  void Clear() { faults_.clear(); }
   uint32_t fired() const { return fired_; }
   void Release() { release_ = true; }
 
