@@ -150,12 +150,7 @@ class CrashLoop {
 
   // Reads every block that the tier lists.
   std::string Check() {
-    SsdOptions options{.directory = options_.path,
-                       .layout = options_.layout,
-                       .identity = options_.identity,
-                       .model_name = options_.model_name,
-                       .max_bytes = options_.ssd_bytes,
-                       .io = {.kind = options_.io, .depth = 16}};
+    const SsdOptions options = SsdOptionsOf(options_);
     auto opened = SsdTier::Open(options);
     if (!opened.ok()) return "the store does not open: " + opened.status().message();
     ++opened_;

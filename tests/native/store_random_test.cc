@@ -94,7 +94,8 @@ class StoreRandomTest : public ::testing::TestWithParam<World> {
   void Reopen() {
     for (auto& turn : running_) turn.reset();
     plan_.Clear();  // opening and closing use the disk too
-    ASSERT_TRUE(store_->Close().ok());
+    const Status closed = store_->Close();
+    ASSERT_TRUE(closed.ok()) << closed.message();
     store_.reset();
     Open();
   }
