@@ -1,12 +1,15 @@
 #include "csrc/io/block_file.h"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <mutex>
+#include <set>
 
 #include "csrc/io/direct_file.h"
 
@@ -16,8 +19,29 @@ namespace {
 constexpr char kFileName[] = "blocks";
 constexpr char kLockName[] = "LOCK";
 
+// The descriptors that hold locks. A forked child closes its copies at once: it would keep the
+// store locked when this process has closed it, or is dead.
+struct HeldLocks {
+  std::mutex mutex;
+  std::set<int> fds;
+
+  static HeldLocks& Get() {
+    static HeldLocks* const held = [] {
+      ::pthread_atfork([] { Get().mutex.lock(); }, [] { Get().mutex.unlock(); },
+                       [] {
+                         for (int fd : Get().fds) ::close(fd);
+                         Get().fds.clear();
+                         Get().mutex.unlock();
+                       });
+      return new HeldLocks;  // for ever: forks happen until the very end
+    }();
+    return *held;
+  }
+};
+
 class PosixBlockFile final : public BlockFile {
  public:
+  ~PosixBlockFile() override { Unlock(); }
   Status Open(const std::string& directory, bool read_only);
 
   uint64_t size() const override { return size_; }
@@ -30,6 +54,7 @@ class PosixBlockFile final : public BlockFile {
 
  private:
   Status Lock();
+  void Unlock();
   Status Reserve(uint64_t bytes);
 
   std::string folder_, path_;
@@ -50,6 +75,7 @@ Status PosixBlockFile::Open(const std::string& directory, bool read_only) {
   directory_ = UniqueFd(::open(folder_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!directory_.ok()) return ErrnoStatus("cannot open the store's directory " + folder_, errno);
   if (!read_only) {
+    if (Status status = CheckOwn(directory_.get(), folder_); !status.ok()) return status;
     if (Status status = Lock(); !status.ok()) return status;
   }
   auto opened =
@@ -65,14 +91,26 @@ Status PosixBlockFile::Open(const std::string& directory, bool read_only) {
 // flock, not a POSIX lock: it also keeps this same process from opening the store twice.
 Status PosixBlockFile::Lock() {
   const std::string name = folder_ + "/" + kLockName;
-  lock_ = UniqueFd(::openat(directory_.get(), kLockName,
-                            O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600));
-  if (!lock_.ok()) return ErrnoStatus("cannot open " + name, errno);
-  if (::flock(lock_.get(), LOCK_EX | LOCK_NB) == 0) return Status();
+  HeldLocks& held = HeldLocks::Get();
+  const std::lock_guard guard(held.mutex);
+  auto opened = OpenPrivate(directory_.get(), kLockName, O_RDWR | O_CREAT, name);
+  if (!opened.ok()) return opened.status();
+  lock_ = std::move(opened.value());
+  if (::flock(lock_.get(), LOCK_EX | LOCK_NB) == 0) {
+    held.fds.insert(lock_.get());
+    return Status();
+  }
   if (errno == EWOULDBLOCK) {
     return Status(Code::kBusy, "the store " + folder_ + " is open in another process or engine");
   }
   return ErrnoStatus("cannot lock " + name, errno);
+}
+
+void PosixBlockFile::Unlock() {
+  HeldLocks& held = HeldLocks::Get();
+  const std::lock_guard guard(held.mutex);
+  held.fds.erase(lock_.get());
+  lock_ = UniqueFd();
 }
 
 Status PosixBlockFile::Resize(uint64_t bytes) {

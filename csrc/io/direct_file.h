@@ -35,10 +35,18 @@ struct DirectFile {
   bool direct = false;  // false: the file system refuses O_DIRECT, the page cache is in use
 };
 
-// Opens `name` in the directory `directory_fd` with O_CLOEXEC | O_NOFOLLOW and, where it is not
-// refused, O_DIRECT. A file made here (O_CREAT in `flags`) gets mode 0600. `path` is the name for
-// messages. kIo with the errno text; a symbolic link in the file's place and anything but a
-// regular file are refused.
+// kIo unless `fd` is this user's alone to write: nobody else owns it, or is let by its mode. `path`
+// is the name for messages.
+Status CheckOwn(int fd, const std::string& path);
+
+// Opens `name` in the directory `directory_fd` with O_CLOEXEC | O_NOFOLLOW. A file made here
+// (O_CREAT in `flags`) gets mode 0600. kIo with the errno text. What somebody may have put in the
+// file's place is refused: a link, anything but a regular file and, unless O_RDONLY, a file that
+// fails CheckOwn.
+Result<UniqueFd> OpenPrivate(int directory_fd, const std::string& name, int flags,
+                             const std::string& path);
+
+// The same, with O_DIRECT where the file system does not refuse it.
 Result<DirectFile> OpenDirect(int directory_fd, const std::string& name, int flags,
                               const std::string& path);
 

@@ -92,6 +92,7 @@ struct PyStore {
   }
   AttentionStore& get() {
     if (!store) Raise(Status(Code::kClosed, "the store is closed"));
+    RaiseIfError(store->CheckUsable());
     return *store;
   }
   void Close() {
@@ -115,6 +116,7 @@ struct PySequence {
 
   Sequence& get() {
     if (!sequence) Raise(Status(Code::kClosed, "the sequence has ended"));
+    owner->get();
     return *sequence;
   }
   void CheckLayer(uint32_t layer) {

@@ -32,7 +32,7 @@ Status Validate(const StoreOptions& options) {
 class StoreImpl final : public AttentionStore {
  public:
   StoreImpl(const StoreOptions& options, Tiers&& tiers)
-      : core_(std::make_shared<StoreCore>(options, std::move(tiers))) {
+      : core_(new StoreCore(options, std::move(tiers)), &StoreImpl::Delete) {
     const SsdTier* ssd = core_->tiers.ssd.get();
     io_report_ = ssd ? std::string(ssd->io_name()) + ": " + ssd->io_why() : "no SSD tier";
   }
@@ -41,6 +41,7 @@ class StoreImpl final : public AttentionStore {
   Status Restore() { return core_->tiers.ssd ? core_->Restore(core_->options.progress) : Status(); }
 
   Status Close() override { return core_->Close(); }
+  Status CheckUsable() const override { return core_->CheckUsable(); }
 
   std::shared_ptr<Chain> NewChain(std::string_view tenant, const Truncation& truncation) override {
     const StoreOptions& options = core_->options;
@@ -49,11 +50,11 @@ class StoreImpl final : public AttentionStore {
   }
 
   void SetQueue(std::span<const Chain* const> waiting) override {
-    if (!core_->closed) core_->SetQueue(waiting);
+    if (core_->usable()) core_->SetQueue(waiting);
   }
 
   CachedTokens Lookup(const Chain& chain) override {
-    if (core_->closed || chain.num_tokens() == 0) return CachedTokens();
+    if (!core_->usable() || chain.num_tokens() == 0) return CachedTokens();
     return core_->Count(chain, FindHistory(core_->directory, chain, chain.num_tokens() - 1));
   }
 
@@ -63,13 +64,13 @@ class StoreImpl final : public AttentionStore {
   }
 
   void Poll() override {
-    if (!core_->closed) core_->Drive(0);
+    if (core_->usable()) core_->Drive(0);
   }
   void Flush() override {
-    if (!core_->closed) core_->Flush();
+    if (core_->usable()) core_->Flush();
   }
   void DropTier(Tier tier) override {
-    if (core_->closed) return;
+    if (!core_->usable()) return;
     core_->Flush();
     core_->FinishLoads();
     core_->evictor.DropAll(tier);
@@ -89,6 +90,12 @@ class StoreImpl final : public AttentionStore {
   const KvLayout& layout() const override { return core_->options.layout; }
 
  private:
+  // A forked child leaves everything as it is: to end an engine is to wait for its I/O and to take
+  // completions off a ring that the parent still uses.
+  static void Delete(StoreCore* core) {
+    if (!core->forked()) delete core;
+  }
+
   const std::shared_ptr<StoreCore> core_;
   std::string io_report_;
 };

@@ -104,6 +104,10 @@ class CA_API AttentionStore {
   // Lands every save, records the counters, closes the file. Sequences must be gone.
   virtual Status Close() = 0;
 
+  // kClosed after Close, and in a process that was forked from the one that opened the store. Calls
+  // then change nothing, and those that can say so return this.
+  virtual Status CheckUsable() const = 0;
+
   // Key chain of `tokens` for this store's model.
   virtual std::shared_ptr<Chain> NewChain(std::string_view tenant,
                                           const Truncation& truncation) = 0;

@@ -26,12 +26,14 @@ SequenceImpl::SequenceImpl(std::shared_ptr<StoreCore> core, std::shared_ptr<Chai
   core_->sequences.insert(this);
 }
 
-SequenceImpl::~SequenceImpl() { End(); }
+SequenceImpl::~SequenceImpl() {
+  if (!core_->forked()) End();
+}
 
 Result<std::unique_ptr<Sequence>> SequenceImpl::Begin(std::shared_ptr<StoreCore> core,
                                                       std::shared_ptr<Chain> chain,
                                                       uint32_t max_history) {
-  if (core->closed) return Status(Code::kClosed, "the store is closed");
+  if (Status status = core->CheckUsable(); !status.ok()) return status;
   if (chain == nullptr || chain->num_tokens() == 0) {
     return Status(Code::kInvalidArgument, "chain: holds no tokens");
   }
@@ -144,6 +146,7 @@ uint32_t SequenceImpl::room() const {
 }
 
 Status SequenceImpl::Reserve(uint32_t num_tokens) {
+  if (Status status = core_->CheckUsable(); !status.ok()) return status;
   CA_CHECK(num_tokens <= room());
   const uint32_t needed = core_->options.layout.num_blocks(uint64_t{context_len_} + num_tokens);
   if (needed <= entries_.size()) return Status();
@@ -180,6 +183,7 @@ void SequenceImpl::Settle() {
 }
 
 Status SequenceImpl::WaitLayer(uint32_t layer) {
+  if (Status status = core_->CheckUsable(); !status.ok()) return status;
   CA_CHECK(layer < core_->options.layout.num_layers);
   core_->trace.Add(TraceKind::kWaitStart, id_, layer, 1, kNoSlot);
   // Once without waiting: the next layers' reads start here, under this layer's compute.
@@ -199,6 +203,7 @@ Status SequenceImpl::WaitLayer(uint32_t layer) {
 }
 
 void SequenceImpl::LayerDone(uint32_t layer, uint32_t num_tokens) {
+  if (!core_->usable()) return;
   core_->trace.Add(TraceKind::kComputeEnd, id_, layer, 1, kNoSlot);
   if (core_->tiers.pool_tier() == Tier::kDevice) {
     const uint32_t end = (context_len_ + num_tokens) / block_size_;
@@ -212,6 +217,7 @@ void SequenceImpl::LayerDone(uint32_t layer, uint32_t num_tokens) {
 }
 
 void SequenceImpl::Append(std::span<const TokenId> tokens) {
+  if (!core_->usable()) return;
   const auto known = chain_->tokens().subspan(num_computed_);
   const size_t common = std::min(known.size(), tokens.size());
   CA_CHECK(std::ranges::equal(tokens.first(common), known.first(common)));
@@ -284,6 +290,7 @@ void SequenceImpl::PublishTail(uint32_t position, uint32_t num_tokens) {
 }
 
 void SequenceImpl::Truncate() {
+  if (!core_->usable()) return;
   CA_CHECK(room() == 0);
   const Cut* cut = chain_->CutBefore(static_cast<uint32_t>(entries_.size()) + num_dropped_);
   CA_CHECK(cut != nullptr);
@@ -302,6 +309,7 @@ void SequenceImpl::Release(Entry entry) {
 }
 
 void SequenceImpl::Commit() {
+  if (!core_->usable()) return;
   if (!core_->sequences.contains(this)) return;
   Settle();
   const uint32_t tail = context_len_ % block_size_;

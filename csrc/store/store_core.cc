@@ -55,7 +55,16 @@ Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progres
   return Status();
 }
 
+Status StoreCore::CheckUsable() const {
+  if (forked()) {
+    return Status(Code::kClosed, "the store belongs to process " + std::to_string(opener) +
+                                     ", and this is a child of it: open a store after the fork");
+  }
+  return closed ? Status(Code::kClosed, "the store is closed") : Status();
+}
+
 Status StoreCore::Close() {
+  if (forked()) return CheckUsable();
   if (closed) return Status();
   if (!sequences.empty()) {
     return Status(Code::kBusy, std::to_string(sequences.size()) +

@@ -2,6 +2,8 @@
 // sequences, so that it is there until the last of them is gone.
 #pragma once
 
+#include <unistd.h>
+
 #include <memory>
 #include <set>
 
@@ -19,6 +21,11 @@ struct StoreCore {
 
   // Lists the blocks that the SSD tier holds.
   Status Restore(const std::function<void(uint64_t, uint64_t)>& progress);
+
+  // As AttentionStore::CheckUsable.
+  Status CheckUsable() const;
+  bool usable() const { return !closed && !forked(); }
+  bool forked() const { return ::getpid() != opener; }
 
   // As AttentionStore::Close.
   Status Close();
@@ -55,6 +62,7 @@ struct StoreCore {
   Prefetcher prefetcher;
 
   bool closed = false;
+  const pid_t opener = ::getpid();    // the process whose engines, threads and file these are
   std::set<SequenceImpl*> sequences;  // alive
   uint64_t next_sequence_id = 1;
   StoreCounters counters;            // since open
