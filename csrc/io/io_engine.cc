@@ -1,14 +1,27 @@
 #include "csrc/io/io_engine.h"
 
+#include <linux/magic.h>
+#include <sys/vfs.h>
+
 #include "csrc/io/thread_engine.h"
 #include "csrc/io/uring_engine.h"
 
 namespace cachedattn {
 namespace {
 
+// There the kernel waits inside io_uring_enter once a dozen requests have no answer: a daemon that
+// hangs would hold the control thread.
+bool IsFuse(int fd) {
+  struct statfs info;
+  return ::fstatfs(fd, &info) == 0 && info.f_type == FUSE_SUPER_MAGIC;
+}
+
 Result<std::unique_ptr<IoEngine>> OpenChosen(int fd, const IoOptions& options) {
   if (options.kind == IoKind::kThreads) {
     return OpenThreadEngine(fd, options, "pread/pwrite threads, as asked for");
+  }
+  if (options.kind == IoKind::kAuto && IsFuse(fd)) {
+    return OpenThreadEngine(fd, options, "pread/pwrite threads; io_uring may block on FUSE");
   }
   Result<std::unique_ptr<IoEngine>> uring = OpenUringEngine(fd, options);
   if (uring.ok()) return uring;

@@ -10,6 +10,7 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -30,10 +31,8 @@ inline std::string CannotRun(const std::string& reason) {
 
 class LoopDisk {
  public:
-  // `memory` is what the loop file may take of memory; less than `bytes`: the disk fails with EIO
-  // once that is used up.
-  explicit LoopDisk(const std::string& folder, uint64_t bytes = 64 << 20, uint64_t memory = 0)
-      : folder_(folder), bytes_(bytes), memory_(memory != 0 ? memory : 2 * bytes) {}
+  explicit LoopDisk(const std::string& folder, uint64_t bytes = 64 << 20)
+      : folder_(folder), bytes_(bytes) {}
   ~LoopDisk() {
     (void)::umount2(path().c_str(), MNT_DETACH);
     (void)::umount2(back().c_str(), MNT_DETACH);
@@ -47,7 +46,7 @@ class LoopDisk {
     if (!error.empty()) return error;
     ::mkdir(path().c_str(), 0700);
     ::mkdir(back().c_str(), 0700);
-    const std::string size = "size=" + std::to_string(memory_);
+    const std::string size = "size=" + std::to_string(2 * bytes_);
     if (::mount("none", back().c_str(), "tmpfs", 0, size.c_str()) != 0) return Failed("tmpfs");
     file_ = UniqueFd(::open(image().c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
     if (!file_.ok() || ::ftruncate(file_.get(), static_cast<off_t>(bytes_)) != 0) {
@@ -103,6 +102,23 @@ class LoopDisk {
     return error.empty() ? Mount() : error;
   }
 
+  // The memory behind the disk is used up, or there again: what the disk has not written before,
+  // it cannot write.
+  bool FillMemory() const { return ResizeMemory(UsedMemory() + kPage); }
+  bool FreeMemory() const { return ResizeMemory(2 * bytes_); }
+
+  // Makes the file system meet an error of its own, after which nobody may write to it.
+  bool MakeReadOnly() const {
+    const std::string name = device_name_.substr(device_name_.rfind('/') + 1);
+    if (::mount("none", path().c_str(), nullptr, MS_REMOUNT, "errors=remount-ro") != 0)
+      return false;
+    const UniqueFd trigger(
+        ::open(("/sys/fs/ext4/" + name + "/trigger_fs_error").c_str(), O_WRONLY | O_CLOEXEC));
+    if (!trigger.ok() || ::write(trigger.get(), "test", 4) != 4) return false;
+    const UniqueFd file(::open((path() + "/x").c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
+    return !file.ok() && errno == EROFS;
+  }
+
   std::string path() const { return folder_ + "/disk"; }
   const std::string& device_name() const { return device_name_; }
   int loop_file() const { return file_.get(); }
@@ -115,6 +131,16 @@ class LoopDisk {
     const std::string reason = what + ": " + std::strerror(errno);
     const bool forbidden = errno == EPERM || errno == EACCES || errno == ENODEV;
     return forbidden ? "skip: " + reason : reason;
+  }
+
+  uint64_t UsedMemory() const {
+    struct statvfs info = {};
+    (void)::statvfs(back().c_str(), &info);
+    return (info.f_blocks - info.f_bfree) * info.f_frsize;
+  }
+  bool ResizeMemory(uint64_t bytes) const {
+    const std::string size = "size=" + std::to_string(bytes);
+    return ::mount("none", back().c_str(), nullptr, MS_REMOUNT, size.c_str()) == 0;
   }
 
   // The disk's bytes into the empty file `to`.
@@ -150,7 +176,7 @@ class LoopDisk {
   }
 
   const std::string folder_;
-  const uint64_t bytes_, memory_;
+  const uint64_t bytes_;
   UniqueFd file_;    // of the loop device
   UniqueFd device_;  // keeps it from clearing between two mounts
   std::string device_name_;

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 
 #include <filesystem>
 #include <string>
@@ -12,6 +13,7 @@ namespace cachedattn {
 class TempDir {
  public:
   TempDir() : path_(::testing::TempDir() + "/cachedattn.XXXXXX") {
+    ::umask(077);  // files that others may write to are refused, and tests make some by hand
     if (::mkdtemp(path_.data()) == nullptr) std::abort();
   }
   ~TempDir() {
