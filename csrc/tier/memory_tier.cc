@@ -30,7 +30,9 @@ Result<std::unique_ptr<MemoryTier>> MemoryTier::Open(Tier tier, uint64_t bytes,
                                               " bytes hold no block of " +
                                               std::to_string(slot_bytes) + " bytes");
   }
-  const uint64_t mapping_bytes = num_slots * slot_bytes + kHugePage;
+  // A slab of less than a huge page would have one cleared for it.
+  const uint64_t alignment = num_slots * slot_bytes < kHugePage ? kPage : kHugePage;
+  const uint64_t mapping_bytes = num_slots * slot_bytes + (alignment - kPage);
   void* mapping = mmap(nullptr, mapping_bytes, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) {
@@ -40,7 +42,7 @@ Result<std::unique_ptr<MemoryTier>> MemoryTier::Open(Tier tier, uint64_t bytes,
   }
   // Before first touch, or the pages are small for good. Disk transfers into 4 KiB pages run at
   // half the rate; a system without huge pages is slower, not wrong.
-  (void)madvise(mapping, mapping_bytes, MADV_HUGEPAGE);
+  if (alignment == kHugePage) (void)madvise(mapping, mapping_bytes, MADV_HUGEPAGE);
   const uint64_t header_bytes = device ? 0 : KvLayout::kHeaderBytes;
   return std::unique_ptr<MemoryTier>(new MemoryTier(mapping, mapping_bytes, layout, slot_bytes,
                                                     header_bytes, static_cast<uint32_t>(num_slots),
@@ -54,7 +56,8 @@ MemoryTier::MemoryTier(void* mapping, uint64_t mapping_bytes, const KvLayout& la
       layout_(layout),
       slot_bytes_(slot_bytes),
       header_bytes_(header_bytes),
-      base_(reinterpret_cast<std::byte*>(AlignUp(reinterpret_cast<uintptr_t>(mapping), kHugePage))),
+      base_(reinterpret_cast<std::byte*>(AlignUp(reinterpret_cast<uintptr_t>(mapping),
+                                                 mapping_bytes < kHugePage ? kPage : kHugePage))),
       poisoned_(poison ? num_slots : 0),
       slots_(num_slots, poison ? [this](SlotId id, bool taken) { OnSlot(id, taken); }
                                : std::function<void(SlotId, bool)>()) {}

@@ -102,10 +102,12 @@ Status SsdFile::Load() {
       continue;
     }
     const auto* copy = reinterpret_cast<const Superblock*>(page);
-    if (copy->magic == kSuperblockMagic && copy->version != kSsdVersion) {
+    if (!IsSealed(*copy)) continue;
+    if (copy->version != kSsdVersion) {
       other_version = copy->version;
+      continue;
     }
-    if (!IsSealed(*copy) || copy->version != kSsdVersion) continue;
+    ++num_copies_;
     if (best == nullptr || copy->generation > best->generation) best = copy;
   }
   if (best == nullptr && other_version != 0) {
@@ -220,7 +222,8 @@ Status SsdFile::WriteSuperblock() {
 Status SsdFile::ReadIndex() {
   const KvLayout layout = LayoutOf(superblock_);
   const uint64_t num_pages = NumIndexPages(superblock_.num_slots);
-  if (superblock_.clean == 0 || num_slots_ != superblock_.num_slots ||
+  // With one copy alone nobody knows whether the other one was newer, and not clean.
+  if (num_copies_ < 2 || superblock_.clean == 0 || num_slots_ != superblock_.num_slots ||
       file_->size() < SsdFileBytes(layout, superblock_.num_slots)) {
     return Status();
   }
