@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := 'setuptools>=77' 'pybind11>=3.0' 'cmake>=3.22' ninja
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test sanitize wheel bench format build clean
+.PHONY: help demo test sanitize sim wheel bench format build clean
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
@@ -26,6 +26,12 @@ test: build .venv/.tests .venv/.model  ## Native, Python and tidy tests, audit, 
 
 sanitize: .venv/.tests  ## Only the native tests under ASan + UBSan and under TSan
 	scripts/run_tests.sh sanitize
+
+sim: .venv/.tests  ## Seeded schedules of the whole store: make sim N=1000 SEED=1 MODE=hostile
+	@$(BIN)/cmake -S . -B build/native -GNinja -DCACHEDATTN_PYTHON=OFF -DCACHEDATTN_TESTS=ON >/dev/null
+	@$(BIN)/cmake --build build/native --target store_sim >/dev/null
+	@build/native/tests/native/store_sim --n=$(or $(N),1000) --seed=$(or $(SEED),1) \
+	  --mode=$(or $(MODE),hostile) --processes=$$(nproc)
 
 wheel: .venv/.tests  ## One audited wheel in dist/, tested in a second clean environment
 	scripts/make_wheel.sh

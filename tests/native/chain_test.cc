@@ -33,7 +33,7 @@ TEST(ChainTest, ContextFollowsTheRuleAtEveryLength) {
         const Truncation truncation{window, ratio, keep_first};
         ASSERT_TRUE(truncation.Validate(kBlock).ok());
         const Chain chain = ChainOf(tokens, truncation);
-        ReferenceContext reference(truncation);
+        ReferenceContext reference(truncation, kBlock);
         for (uint32_t n = 1; n <= tokens.size(); ++n) {
           reference.Push(tokens[n - 1]);
           ASSERT_EQ(Positions(chain, n), reference.positions())

@@ -52,7 +52,7 @@ class Ledger {
     const Truncation truncation = TruncationOf(play.conversation);
     Chain chain(TenantIdOf(kTenant), RootKey(identity_, kTenant), kBlock, truncation);
     chain.Append(history);
-    ReferenceContext reference(truncation);
+    ReferenceContext reference(truncation, kBlock);
     for (TokenId token : history) reference.Push(token);
     const auto note = [&](const BlockKey& key, uint32_t block, uint32_t num_tokens) {
       Block& out = blocks_[key];

@@ -1,5 +1,4 @@
-// A small store and a "model" whose K and V are a function of everything they may depend on, so
-// that a test can tell for every byte of the context whether it is the right one.
+// A small store, and turns over it that check every byte of their context (player.h).
 #pragma once
 
 #include <gtest/gtest.h>
@@ -15,10 +14,9 @@
 #include "csrc/store/attention_store.h"
 #include "csrc/store/open_store.h"
 #include "csrc/tier/ssd_format.h"
+#include "tests/native/testing/player.h"
 
 namespace cachedattn {
-
-using Tokens = std::vector<TokenId>;
 
 constexpr uint32_t kBlock = 16;
 
@@ -84,179 +82,49 @@ inline Tokens operator+(Tokens left, const Tokens& right) {
   return left;
 }
 
-// The context after each token, by the rule of design D4 played one token at a time.
-class ReferenceContext {
- public:
-  explicit ReferenceContext(const Truncation& truncation) : truncation_(truncation) {}
-
-  // One more token. Returns the hash that its K and V are made of: all tokens and cuts so far.
-  void Push(TokenId token) {
-    const uint32_t blocks = truncation_.window / kBlock;
-    if (blocks != 0 && positions_.size() == blocks * kBlock) {
-      const uint32_t keep = (truncation_.keep_first + kBlock - 1) / kBlock;
-      const auto leave = static_cast<uint32_t>((blocks - keep) * truncation_.ratio);
-      const auto first = positions_.begin() + keep * kBlock;
-      positions_.erase(first, first + std::max(leave, 1u) * kBlock);
-      hash_ = Mix(hash_, 0xC07 + leave);
-    }
-    hash_ = Mix(hash_, static_cast<uint64_t>(token) + 1);
-    positions_.push_back(static_cast<uint32_t>(hashes_.size()));
-    hashes_.push_back(hash_);
-  }
-
-  // Absolute positions of the context's tokens.
-  const std::vector<uint32_t>& positions() const { return positions_; }
-  uint64_t hash(uint32_t position) const { return hashes_[position]; }
-
-  static uint64_t Mix(uint64_t a, uint64_t b) {
-    a = (a ^ b) * 0x9E3779B97F4A7C15ull;
-    return a ^ (a >> 29);
-  }
-
- private:
-  const Truncation truncation_;
-  uint64_t hash_ = 1;
-  std::vector<uint64_t> hashes_;
-  std::vector<uint32_t> positions_;
-};
-
-// Where the K (kv 0) or V (kv 1) of one token and head lies.
-inline uint16_t* At(AttentionStore* store, std::span<const int32_t> table, uint32_t place,
-                    uint32_t layer, uint32_t kv, uint32_t head) {
-  const KvLayout& layout = store->layout();
-  const AttentionStore::PoolView pool = store->pool();
-  const auto slot = static_cast<uint64_t>(table[place / layout.block_size]);
-  std::byte* slice = pool.base + slot * pool.slot_stride + layer * pool.layer_stride;
-  const uint64_t row =
-      (kv * layout.num_kv_heads + head) * layout.block_size + place % layout.block_size;
-  return reinterpret_cast<uint16_t*>(slice) + row * layout.head_dim;
-}
-
-// Calls `visit(element, value)` for every element of token `token` of a block in one layer, whose
-// bytes begin at `slice`.
-template <typename Visit>
-void ForTokenIn(const KvLayout& layout, std::byte* slice, uint32_t token, uint32_t layer,
-                uint64_t hash, const Visit& visit) {
-  for (uint32_t row = 0; row < 2 * layout.num_kv_heads; ++row) {
-    const uint64_t first = (uint64_t{row} * layout.block_size + token) * layout.head_dim;
-    uint16_t* data = reinterpret_cast<uint16_t*>(slice) + first;
-    uint64_t value = ReferenceContext::Mix(hash, layer * 64 + row + 1);
-    for (uint32_t d = 0; d < layout.head_dim; ++d, value = value * 5 + 1) {
-      visit(data + d, static_cast<uint16_t>(value >> 20));
-    }
-  }
-}
-
-// The same for the token at place `place` of a context.
-template <typename Visit>
-void ForToken(AttentionStore* store, std::span<const int32_t> table, uint32_t place, uint32_t layer,
-              uint64_t hash, const Visit& visit) {
-  const KvLayout& layout = store->layout();
-  const AttentionStore::PoolView pool = store->pool();
-  const auto slot = static_cast<uint64_t>(table[place / layout.block_size]);
-  std::byte* slice = pool.base + slot * pool.slot_stride + layer * pool.layer_stride;
-  ForTokenIn(layout, slice, place % layout.block_size, layer, hash, visit);
-}
-
-// Plays one turn over `tokens` as an engine would, and checks every byte of the context in every
-// layer of every step.
-class Turn {
+// A player whose findings are failures of the test.
+class Turn : public Player {
  public:
   Turn(AttentionStore* store, Tokens tokens, const Truncation& truncation = {},
        const std::string& tenant = "t")
-      : store_(store), tokens_(std::move(tokens)), reference_(truncation) {
-    chain_ = store->NewChain(tenant, truncation);
-    chain_->Append(tokens_);
-  }
+      : Player(store, std::move(tokens), truncation, tenant) {}
 
   // False: no room.
   bool Begin(uint32_t max_history = UINT32_MAX) {
-    auto begun = store_->Begin(chain_, max_history);
-    if (!begun.ok()) {
-      EXPECT_EQ(begun.status().code(), Code::kExhausted) << begun.status().message();
-      return false;
-    }
-    sequence_ = std::move(begun.value());
-    // Tokens of the history; the cut that is due before the next one is still to come.
-    for (uint32_t i = 0; i < sequence_->num_computed_tokens(); ++i) reference_.Push(tokens_[i]);
-    EXPECT_EQ(sequence_->context_len(), reference_.positions().size());
-    return true;
+    const Status status = Player::Begin(max_history);
+    ExpectRight();
+    if (status.ok()) return true;
+    EXPECT_EQ(status.code(), Code::kExhausted) << status.message();
+    return false;
   }
 
-  // One step of at most `most` tokens. The status of a failed wait; kExhausted: no slots.
   Status Step(uint32_t most) {
-    if (sequence_->room() == 0) sequence_->Truncate();
-    const uint32_t done = sequence_->num_computed_tokens();
-    const uint32_t count =
-        std::min({most, static_cast<uint32_t>(tokens_.size()) - done, sequence_->room()});
-    if (Status status = sequence_->Reserve(count); !status.ok()) return status;
-    const uint32_t context = sequence_->context_len();
-    for (uint32_t i = 0; i < count; ++i) reference_.Push(tokens_[done + i]);
-    EXPECT_EQ(context + count, reference_.positions().size());
-    for (uint32_t layer = 0; layer < store_->layout().num_layers; ++layer) {
-      if (sequence_->loading()) {
-        if (Status status = sequence_->WaitLayer(layer); !status.ok()) return status;
-      }
-      CheckLayer(layer, context);
-      WriteLayer(layer, context, count);
-      sequence_->LayerDone(layer, count);
-    }
-    sequence_->Append(std::span(tokens_).subspan(done, count));
-    EXPECT_EQ(sequence_->num_computed_tokens(), done + count);
-    return Status();
+    Status status = Player::Step(most);
+    ExpectRight();
+    return status;
   }
 
   // All steps, then Commit.
   void Finish(uint32_t chunk = 24) {
-    while (sequence_->num_computed_tokens() < tokens_.size()) {
+    while (!finished()) {
       Status status = Step(chunk);
       if (status.code() == Code::kExhausted) {  // slots may be held by saves under way
-        store_->Flush();
+        store()->Flush();
         status = Step(chunk);
       }
       ASSERT_TRUE(status.ok()) << status.message();
-      store_->Poll();
+      store()->Poll();
     }
     Commit();
   }
-  void Commit() {
-    sequence_->Commit();
-    sequence_.reset();
-  }
-  void Drop() { sequence_.reset(); }
 
   void CheckLayer(uint32_t layer, uint32_t context) {
-    const auto table = sequence_->block_table();
-    uint32_t wrong = 0;
-    for (uint32_t place = 0; place < context; ++place) {
-      const uint64_t hash = reference_.hash(reference_.positions()[place]);
-      ForToken(store_, table, place, layer, hash,
-               [&](const uint16_t* element, uint16_t value) { wrong += *element != value; });
-    }
-    EXPECT_EQ(wrong, 0u) << "layer " << layer << " of a context of " << context;
+    Player::CheckLayer(layer, context);
+    ExpectRight();
   }
-
-  Sequence* sequence() { return sequence_.get(); }
-  const CachedTokens& cached() const { return sequence_->cached(); }
-  uint32_t cached_from(Tier tier) const { return cached().by_tier[static_cast<int>(tier)]; }
-  const std::shared_ptr<Chain>& chain() const { return chain_; }
-  const Tokens& tokens() const { return tokens_; }
 
  private:
-  void WriteLayer(uint32_t layer, uint32_t context, uint32_t count) {
-    const auto table = sequence_->block_table();
-    for (uint32_t place = context; place < context + count; ++place) {
-      const uint64_t hash = reference_.hash(reference_.positions()[place]);
-      ForToken(store_, table, place, layer, hash,
-               [](uint16_t* element, uint16_t value) { *element = value; });
-    }
-  }
-
-  AttentionStore* const store_;
-  const Tokens tokens_;
-  ReferenceContext reference_;
-  std::shared_ptr<Chain> chain_;
-  std::unique_ptr<Sequence> sequence_;
+  void ExpectRight() const { EXPECT_EQ(wrong(), "") << "wrong"; }
 };
 
 // A whole turn; returns what was cached at its beginning.
