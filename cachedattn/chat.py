@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from cachedattn.request import Request
 from cachedattn.tokenizer import Message, Tokenizer
 
+ChatName = tuple[str, str | None]  # tenant and conversation
+
 _MAX_CONVERSATIONS = 4096  # remembered; the least recently used one is tokenised again
 
 
@@ -19,12 +21,12 @@ class ChatMemory:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._known: OrderedDict[str, tuple[str, list[int]]] = OrderedDict()
+        self._known: OrderedDict[ChatName, tuple[str, list[int]]] = OrderedDict()
 
-    def prompt_ids(self, conversation: str | None, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, chat: ChatName, messages: Sequence[Message]) -> list[int]:
         """Token ids of the chat up to where the answer begins."""
         text = self.tokenizer.render(messages)
-        known_text, known_ids = self._known.get(conversation or "", ("", []))
+        known_text, known_ids = self._known.get(chat, ("", []))
         if not text.startswith(known_text):
             known_text, known_ids = "", []
         return known_ids + self._encode(text[len(known_text) :])
@@ -41,11 +43,11 @@ class ChatMemory:
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         return len(self._encode(head[:same]))
 
-    def remember(self, conversation: str, request: Request) -> None:
+    def remember(self, chat: ChatName, request: Request) -> None:
         """Keeps the ids of a finished turn."""
         ids = list(request.tokens)
-        self._known[conversation] = (self.tokenizer.decode(ids, skip_special_tokens=False), ids)
-        self._known.move_to_end(conversation)
+        self._known[chat] = (self.tokenizer.decode(ids, skip_special_tokens=False), ids)
+        self._known.move_to_end(chat)
         if len(self._known) > _MAX_CONVERSATIONS:
             self._known.popitem(last=False)
 

@@ -35,12 +35,15 @@ class StoreConfig:
 
     dram: running sequences included. ssd: 0 for no SSD tier, else `path` is its directory.
     device: 0 on a CPU, whose block tables point at DRAM; else the emulated device pool.
+    tenant_quota: what one tenant's KV takes at most of DRAM, and of SSD; 0 for no limit. Running
+    requests count, but are not refused.
     """
 
     dram: int | str = "1GiB"
     ssd: int | str = 0
     path: str = ""
     device: int | str = 0
+    tenant_quota: int | str = 0
     block_size: int = 64  # tokens
     policy: str = "lookahead"
     dram_reserve: float = 0.1  # share of the DRAM slots kept free
@@ -48,7 +51,7 @@ class StoreConfig:
     io_depth: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("dram", "ssd", "device"):
+        for name in ("dram", "ssd", "device", "tenant_quota"):
             try:
                 parse_size(getattr(self, name))
             except ValueError as error:

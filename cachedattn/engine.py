@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 
 from cachedattn.batch import Batch, Work, make_batch, num_logit_rows
-from cachedattn.chat import ChatMemory
+from cachedattn.chat import ChatMemory, ChatName
 from cachedattn.checkpoint import Progress, load_checkpoint
 from cachedattn.config import KvLayout, StoreConfig, Truncation
 from cachedattn.model import CausalLM
@@ -147,11 +147,13 @@ class Engine:
         sampling: SamplingParams = GREEDY,
         *,
         conversation: str | None = None,
+        tenant: str = "",
         on_logits: LogitsHook | None = None,
     ) -> Request:
         """Queues a turn. `prompt` is token ids, text, or messages for the chat template.
 
         conversation: names a chat, so that the ids of its earlier turns are used again.
+        tenant: whose turn it is; no tenant finds what was computed for another.
         on_logits(request, first, logits): sees the logits [rows, vocab] of every row computed,
         the first of which belongs to the request's token `first`.
 
@@ -159,7 +161,9 @@ class Engine:
         max_model_len without truncation, or text for a model without a tokenizer.
         """
         truncation = self.truncation or KEEP_FIRST_FOUR
-        prompt_ids, num_system_tokens = self._encode(prompt, conversation, truncation.keep_system)
+        prompt_ids, num_system_tokens = self._encode(
+            prompt, (tenant, conversation), truncation.keep_system
+        )
         keep_first = max(truncation.keep_first, num_system_tokens)
         request = Request(
             id=next(self._ids),
@@ -170,6 +174,7 @@ class Engine:
             truncation=dataclasses.replace(truncation, keep_first=keep_first),
             max_model_len=self.max_model_len,
             conversation=conversation,
+            tenant=tenant,
             text_stream=TextStream(self.tokenizer, sampling.stop) if self.tokenizer else None,
             on_logits=on_logits,
         )
@@ -198,15 +203,24 @@ class Engine:
                 finished.append(request)
         return finished
 
-    def generate(self, prompt: str | Sequence[int], sampling: SamplingParams = GREEDY) -> Reply:
+    def generate(
+        self, prompt: str | Sequence[int], sampling: SamplingParams = GREEDY, *, tenant: str = ""
+    ) -> Reply:
         """Runs one turn to its end (and others that wait, along the way)."""
-        return self._run(self.add_request(prompt, sampling))
+        return self._run(self.add_request(prompt, sampling, tenant=tenant))
 
     def chat(
-        self, conversation: str, messages: Sequence[Message], sampling: SamplingParams = GREEDY
+        self,
+        conversation: str,
+        messages: Sequence[Message],
+        sampling: SamplingParams = GREEDY,
+        *,
+        tenant: str = "",
     ) -> Reply:
         """The answer to a chat. `messages` is the whole chat so far, the answers included."""
-        return self._run(self.add_request(messages, sampling, conversation=conversation))
+        return self._run(
+            self.add_request(messages, sampling, conversation=conversation, tenant=tenant)
+        )
 
     def stream(
         self,
@@ -214,9 +228,10 @@ class Engine:
         sampling: SamplingParams = GREEDY,
         *,
         conversation: str | None = None,
+        tenant: str = "",
     ) -> Iterator[Delta | Reply]:
         """Runs one turn, yielding each token as it comes and the Reply last."""
-        request = self.add_request(prompt, sampling, conversation=conversation)
+        request = self.add_request(prompt, sampling, conversation=conversation, tenant=tenant)
         try:
             while not request.finished:
                 self.step()
@@ -260,12 +275,12 @@ class Engine:
         request.sequence.commit()
         request.end()
         if request.conversation is not None and self._memory:
-            self._memory.remember(request.conversation, request)
+            self._memory.remember((request.tenant, request.conversation), request)
 
     def _encode(
         self,
         prompt: str | Sequence[int] | Sequence[Message],
-        conversation: str | None,
+        chat: ChatName,
         keep_system: bool,
     ) -> tuple[list[int], int]:
         """Checked token ids, and how many of them a cut must keep for the system prompt."""
@@ -276,7 +291,7 @@ class Engine:
             ids = self._need_tokenizer().encode(prompt)
         elif isinstance(prompt[0], dict):
             self._need_tokenizer()
-            ids = self._memory.prompt_ids(conversation, prompt)
+            ids = self._memory.prompt_ids(chat, prompt)
             if keep_system:
                 num_system_tokens = self._memory.num_system_tokens(prompt)
         else:

@@ -66,6 +66,7 @@ class Request:
     max_model_len: int  # positions
     arrival_s: float = field(default_factory=time.perf_counter)
     conversation: str | None = None
+    tenant: str = ""
     text_stream: TextStream | None = None
     on_logits: LogitsHook | None = None
 

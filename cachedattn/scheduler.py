@@ -77,7 +77,10 @@ class Scheduler:
 
     def _make_chain(self, request: Request) -> None:
         request.chain = self.store.new_chain(
-            request.tokens, window=request.window, truncation=request.truncation
+            request.tokens,
+            tenant=request.tenant,
+            window=request.window,
+            truncation=request.truncation,
         )
         self._queue_changed = True
 

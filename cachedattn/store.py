@@ -45,6 +45,7 @@ class AttentionStore:
             device_bytes=parse_size(config.device),
             dram_bytes=parse_size(config.dram),
             ssd_bytes=parse_size(config.ssd),
+            tenant_quota_bytes=parse_size(config.tenant_quota),
             path=config.path,
             policy=config.policy,
             dram_reserve=config.dram_reserve,
@@ -88,14 +89,16 @@ class AttentionStore:
         self,
         tokens: Iterable[int],
         *,
+        tenant: str = "",
         window: int = 0,
         truncation: Truncation | None = None,
     ) -> Chain:
-        """The block keys of `tokens`. window 0: the context never overflows."""
+        """The block keys of `tokens`, which differ for every tenant: none finds another's KV.
+        window 0: the context never overflows."""
         truncation = truncation or Truncation()
         return self._core.new_chain(
             np.asarray(list(tokens), np.int32),
-            "",  # tenant
+            tenant,
             window,
             truncation.ratio,
             truncation.keep_first,
@@ -128,6 +131,10 @@ class AttentionStore:
     def stats(self) -> dict[str, Any]:
         """Counters, and per tier its slots; as `_core.AttentionStore.stats`."""
         return self._core.stats()
+
+    def tenant_usage(self, tenant: str) -> dict[str, int]:
+        """Slots that count for `tenant`, by tier."""
+        return self._core.tenant_usage(tenant)
 
     def enable_trace(self, on: bool = True) -> None:
         """Records timed events (clears those recorded)."""

@@ -154,8 +154,9 @@ std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, u
                                    uint32_t block_size, const std::string& dtype,
                                    const std::string& identity, const std::string& model_name,
                                    uint64_t device_bytes, uint64_t dram_bytes, uint64_t ssd_bytes,
-                                   const std::string& path, const std::string& policy,
-                                   double dram_reserve, const std::string& io, uint32_t io_depth,
+                                   uint64_t tenant_quota_bytes, const std::string& path,
+                                   const std::string& policy, double dram_reserve,
+                                   const std::string& io, uint32_t io_depth,
                                    const py::object& progress) {
   StoreOptions options;
   options.layout = {num_layers, num_kv_heads, head_dim, block_size, ParseDType(dtype)};
@@ -167,6 +168,7 @@ std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, u
   options.device_bytes = device_bytes;
   options.dram_bytes = dram_bytes;
   options.ssd_bytes = ssd_bytes;
+  options.tenant_quota_bytes = tenant_quota_bytes;
   options.path = path;
   options.policy = ParsePolicy(policy);
   options.dram_reserve = dram_reserve;
@@ -337,8 +339,9 @@ void BindStore(py::module_& module) {
       .def(py::init(&OpenStore), py::kw_only(), py::arg("num_layers"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::arg("block_size"), py::arg("dtype"), py::arg("identity"),
            py::arg("model_name"), py::arg("device_bytes"), py::arg("dram_bytes"),
-           py::arg("ssd_bytes"), py::arg("path"), py::arg("policy"), py::arg("dram_reserve"),
-           py::arg("io"), py::arg("io_depth"), py::arg("progress") = py::none())
+           py::arg("ssd_bytes"), py::arg("tenant_quota_bytes"), py::arg("path"), py::arg("policy"),
+           py::arg("dram_reserve"), py::arg("io"), py::arg("io_depth"),
+           py::arg("progress") = py::none())
       .def_property_readonly("handle",
                              [](PyStore& self) {
                                self.get();
@@ -366,6 +369,13 @@ void BindStore(py::module_& module) {
       .def("drop_tier",
            [](PyStore& self, const std::string& tier) { self.get().DropTier(ParseTier(tier)); })
       .def("stats", &Stats)
+      .def("tenant_usage",
+           [](PyStore& self, const std::string& tenant) {
+             const auto used = self.get().TenantUsage(tenant);
+             py::dict out;
+             for (uint32_t i = 0; i < kNumTiers; ++i) out[kTierNames[i]] = used[i];
+             return out;
+           })
       .def("enable_trace", [](PyStore& self, bool on) { self.get().EnableTrace(on); })
       .def("take_trace", [](PyStore& self) { return self.get().TakeTrace(); })
       .def("check_invariants", [](PyStore& self) { self.get().CheckInvariants(); });

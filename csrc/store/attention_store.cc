@@ -23,6 +23,11 @@ Status Validate(const StoreOptions& options) {
   if (options.ssd_bytes != 0 && options.path.empty()) {
     return Invalid("path: an SSD tier needs a directory");
   }
+  if (options.tenant_quota_bytes != 0 &&
+      options.tenant_quota_bytes < options.layout.host_slot_bytes()) {
+    return Invalid("tenant_quota_bytes: " + std::to_string(options.tenant_quota_bytes) +
+                   " hold no block of " + std::to_string(options.layout.host_slot_bytes()));
+  }
   if (options.io_depth < 8 || options.io_depth > 4096) {
     return Invalid("io_depth: must be from 8 to 4096, got " + std::to_string(options.io_depth));
   }
@@ -77,6 +82,9 @@ class StoreImpl final : public AttentionStore {
   }
 
   StoreStats stats() const override { return core_->Stats(); }
+  std::array<uint32_t, kNumTiers> TenantUsage(std::string_view tenant) const override {
+    return core_->TenantUsage(TenantIdOf(tenant));
+  }
   const std::string& io_report() const override { return io_report_; }
   void EnableTrace(bool on) override { core_->trace.Enable(on); }
   std::vector<TraceEvent> TakeTrace() override { return core_->trace.Take(); }

@@ -9,6 +9,7 @@
 // and at the end Commit. A cache failure is a miss, never an error (design D5).
 #pragma once
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <span>
@@ -33,6 +34,9 @@ struct StoreOptions {
   uint64_t dram_bytes = 0;    // hard cap of the DRAM slab, running sequences included
   uint64_t ssd_bytes = 0;     // hard cap of the file; 0: no SSD tier
   std::string path;           // directory of the SSD tier
+  // What a tenant's blocks take at most of DRAM, and of SSD; 0: no limit. The slots of running
+  // sequences count, but are not refused.
+  uint64_t tenant_quota_bytes = 0;
   PolicyKind policy = PolicyKind::kLookahead;
   double dram_reserve = 0.1;  // share of DRAM slots kept free so that a fetch never waits
   IoKind io = IoKind::kAuto;
@@ -135,6 +139,8 @@ class CA_API AttentionStore {
   virtual void DropTier(Tier tier) = 0;
 
   virtual StoreStats stats() const = 0;
+  // Slots that count for `tenant`, by tier.
+  virtual std::array<uint32_t, kNumTiers> TenantUsage(std::string_view tenant) const = 0;
   virtual const std::string& io_report() const = 0;  // engine chosen, and why
   virtual void EnableTrace(bool on) = 0;             // clears the trace
   virtual std::vector<TraceEvent> TakeTrace() = 0;

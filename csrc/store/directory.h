@@ -81,6 +81,7 @@ class Directory {
   // Tenants by small numbers, given out as they come.
   uint32_t TenantIndex(const TenantId& id);
   std::optional<uint32_t> FindTenant(const TenantId& id) const;
+  uint32_t num_tenants() const { return static_cast<uint32_t>(tenants_.size()); }
   const TenantId& tenant(uint32_t index) const { return tenants_[index].id; }
   // What the slot of its SSD copy says.
   BlockHeader HeaderOf(const Block& block) const;

@@ -42,7 +42,18 @@ bool Evictor::CanMakeRoom(Tier tier, uint32_t n, bool lose_unsaved) {
   return true;
 }
 
-void Evictor::MakeRoom(Tier tier, uint32_t n, bool lose_unsaved) {
+bool Evictor::KeepQuota(Tier tier, uint32_t tenant, uint32_t more) {
+  const RankHeap& own = directory_->saved(tier, tenant);
+  while (!tiers_->slots(tier)->WithinQuota(tenant, more)) {
+    Block* block = own.top();
+    if (block == nullptr) return false;
+    if (!MustSaveFirst(tier, block)) Evict(tier, block);
+  }
+  return true;
+}
+
+void Evictor::MakeRoom(Tier tier, uint32_t n, bool lose_unsaved, uint32_t tenant) {
+  if (!KeepQuota(tier, tenant, n)) over_quota_.insert(tenant);
   const SlotPool& slots = *tiers_->slots(tier);
   const RankHeap& saved = directory_->saved(tier);
   while (slots.num_free() < n && saved.top() != nullptr) {
@@ -57,6 +68,7 @@ void Evictor::MakeRoom(Tier tier, uint32_t n, bool lose_unsaved) {
 }
 
 void Evictor::KeepReserve() {
+  std::erase_if(over_quota_, [this](uint32_t t) { return KeepQuota(Tier::kDram, t, 0); });
   const uint32_t num_free = tiers_->dram->slots().num_free();
   if (num_free >= reserve_) return;
   // A block whose write is on its way counts: it goes when the write has landed, and a block
@@ -75,13 +87,23 @@ void Evictor::KeepReserve() {
   }
 }
 
-bool Evictor::MakeSpareRoom(const Rank& rank) {
-  const uint32_t num_free = tiers_->dram->slots().num_free();
-  if (num_free > reserve_) return true;
-  Block* victim = directory_->saved(Tier::kDram).top();
+bool Evictor::QuotaAdmits(const Block& block) const {
+  if (tiers_->dram->slots().WithinQuota(block.tenant, 1)) return true;
+  const Block* own = directory_->saved(Tier::kDram, block.tenant).top();
+  return own != nullptr && own->rank() < block.rank();
+}
+
+bool Evictor::MakeSpareRoom(const Block& incoming) {
+  const SlotPool& slots = tiers_->dram->slots();
+  const bool own = !slots.WithinQuota(incoming.tenant, 1);
+  if (slots.num_free() > reserve_ && !own) return true;
+  if (slots.num_free() < reserve_) return false;
+  Block* victim =
+      (own ? directory_->saved(Tier::kDram, incoming.tenant) : directory_->saved(Tier::kDram))
+          .top();
+  if (victim == nullptr || !(victim->rank() < incoming.rank())) return false;
   const Block* waiting = directory_->unsaved(Tier::kDram).top();
-  if (num_free < reserve_ || victim == nullptr || !(victim->rank() < rank)) return false;
-  if (waiting != nullptr && waiting->rank() < victim->rank()) return false;
+  if (!own && waiting != nullptr && waiting->rank() < victim->rank()) return false;
   if (MustSaveFirst(Tier::kDram, victim)) return false;
   Evict(Tier::kDram, victim);
   return true;

@@ -14,9 +14,12 @@ Prefetcher::Prefetcher(Tiers* tiers, Directory* directory, Evictor* evictor, Pre
     : tiers_(tiers), directory_(directory), evictor_(evictor), preloader_(preloader) {}
 
 void Prefetcher::Want(std::span<const BlockRef> blocks) {
+  const SlotPool& slots = tiers_->dram->slots();
   for (const BlockRef& block : blocks) {
-    if (wanted_.size() >= tiers_->dram->slots().capacity()) return;
-    if (OnSsdOnly(*block)) wanted_.push_back(block->key);
+    if (wanted_.size() >= slots.capacity()) return;
+    if (!OnSsdOnly(*block)) continue;
+    if (++num_wanted_[block->tenant] > slots.quota()) return;  // leave the list to other tenants
+    wanted_.push_back(block->key);
   }
 }
 
@@ -25,9 +28,9 @@ void Prefetcher::Pump() {
   while (!wanted_.empty() && running_.size() < max_in_flight_) {
     if (preloader_->reads_waiting() || !tiers_->ssd->can_submit()) return;
     const BlockRef block = directory_->Find(wanted_.front());
-    if (block != nullptr && OnSsdOnly(*block)) {
-      if (!evictor_->MakeSpareRoom(block->rank())) return;  // tried again when something ends
-      Slot slot = tiers_->dram->slots().Take();
+    if (block != nullptr && OnSsdOnly(*block) && evictor_->QuotaAdmits(*block)) {
+      if (!evictor_->MakeSpareRoom(*block)) return;  // tried again when something ends
+      Slot slot = tiers_->dram->slots().Take(block->tenant);
       running_.push_back(preloader_->StartRead(block, std::move(slot), /*whole=*/true, 0));
       preloader_->Pump();
     }

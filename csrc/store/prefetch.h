@@ -13,7 +13,10 @@ class Prefetcher {
  public:
   Prefetcher(Tiers* tiers, Directory* directory, Evictor* evictor, Preloader* preloader);
 
-  void Clear() { wanted_.clear(); }
+  void Clear() {
+    wanted_.clear();
+    num_wanted_.clear();
+  }
   // Bring these blocks to DRAM, after those that were asked for before.
   void Want(std::span<const BlockRef> blocks);
   // Starts the next reads. Reads that a running sequence waits for go first.
@@ -26,6 +29,7 @@ class Prefetcher {
   Preloader* const preloader_;
   const uint32_t max_in_flight_ = 4;  // blocks: keeps the disk busy, leaves room for others
   std::deque<BlockKey> wanted_;
+  std::unordered_map<uint32_t, uint32_t> num_wanted_;  // by tenant, since Clear
   std::vector<FillRef> running_;
 };
 

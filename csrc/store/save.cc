@@ -8,12 +8,13 @@ Saver::Saver(Tiers* tiers, Directory* directory, Evictor* evictor, WriteBehind* 
              Trace* trace)
     : tiers_(tiers), directory_(directory), evictor_(evictor), writes_(writes), trace_(trace) {}
 
-SaveRef Saver::Begin(SlotId device_slot, uint64_t sequence) {
+SaveRef Saver::Begin(SlotId device_slot, uint64_t sequence, uint32_t tenant) {
+  if (!evictor_->KeepQuota(Tier::kDram, tenant, 1)) return nullptr;
   if (!evictor_->CanMakeRoom(Tier::kDram, 1, false)) return nullptr;
-  evictor_->MakeRoom(Tier::kDram, 1, false);
+  evictor_->MakeRoom(Tier::kDram, 1, false, tenant);
   auto save = std::make_shared<Save>();
   save->device_slot = device_slot;
-  save->target = tiers_->dram->slots().Take();
+  save->target = tiers_->dram->slots().Take(tenant);
   save->target_id = save->target.id();
   save->sequence = sequence;
   std::erase_if(saves_, [](const auto& weak) { return weak.expired(); });
@@ -51,11 +52,16 @@ void Saver::Queue(const BlockRef& block) {
 }
 
 void Saver::Pump() {
-  while (!queue_.empty()) {
+  for (size_t left = queue_.size(); left > 0; --left) {
     const BlockRef block = directory_->Find(queue_.front());
     if (block != nullptr && block->copy(Tier::kDevice).unsaved) {
       if (block->absent(Tier::kDram)) {
-        const SaveRef save = Begin(block->copy(Tier::kDevice).slot.id(), 0);
+        if (!evictor_->KeepQuota(Tier::kDram, block->tenant, 1)) {
+          queue_.push_back(block->key);  // other tenants do not wait for it
+          queue_.pop_front();
+          continue;
+        }
+        const SaveRef save = Begin(block->copy(Tier::kDevice).slot.id(), 0, block->tenant);
         if (save == nullptr) return;
         Publish(save, block);
       }

@@ -30,8 +30,8 @@ class Saver {
  public:
   Saver(Tiers* tiers, Directory* directory, Evictor* evictor, WriteBehind* writes, Trace* trace);
 
-  // nullptr when DRAM has no slot for it now.
-  SaveRef Begin(SlotId device_slot, uint64_t sequence);
+  // nullptr when DRAM, or the tenant's quota of it, has no slot for it now.
+  SaveRef Begin(SlotId device_slot, uint64_t sequence, uint32_t tenant);
   // Layer `layer` of the device slot is final.
   void Layer(const SaveRef& save, uint32_t layer);
   // Every layer is final and the block has a key: its DRAM copy becomes kReady when all of them
@@ -63,7 +63,7 @@ class Saver {
   WriteBehind* const writes_;
   Trace* const trace_;
   std::unordered_map<uint64_t, Slice> in_flight_;
-  std::deque<BlockKey> queue_;              // a block is in it at most once (Block::save_queued)
+  std::deque<BlockKey> queue_;              // a block is in it at most once (Copy::unsaved)
   std::vector<std::weak_ptr<Save>> saves_;  // for the invariants alone
   uint64_t next_tag_ = kSaveTag;
 };

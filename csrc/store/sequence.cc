@@ -75,8 +75,8 @@ Status SequenceImpl::TakeHistory(const History& history) {
     return Status(Code::kExhausted, "no room for " + std::to_string(history.blocks.size()) +
                                         " blocks of history now");
   }
-  core_->evictor.MakeRoom(pool, pool_slots, lose_pool);
-  core_->evictor.MakeRoom(Tier::kDram, staging_slots, lose_staging);
+  core_->evictor.MakeRoom(pool, pool_slots, lose_pool, tenant_);
+  core_->evictor.MakeRoom(Tier::kDram, staging_slots, lose_staging, tenant_);
 
   cached_ = core_->Count(*chain_, history);
   for (size_t i = 0; i < history.blocks.size(); ++i) {
@@ -98,12 +98,12 @@ SequenceImpl::Entry SequenceImpl::TakeShared(const BlockRef& block) {
   const Tier pool = tiers.pool_tier();
   Entry entry;
   if (block->absent(pool)) {
-    Slot slot = tiers.pool().slots().Take();
+    Slot slot = tiers.pool().slots().Take(tenant_);
     if (pool == Tier::kDram) {
       entry.fill = core_->preloader.StartRead(block, std::move(slot), false, id_);
     } else {
       if (block->absent(Tier::kDram)) {
-        core_->preloader.StartRead(block, tiers.dram->slots().Take(), false, id_);
+        core_->preloader.StartRead(block, tiers.dram->slots().Take(tenant_), false, id_);
       }
       entry.fill = core_->preloader.StartLoad(block, std::move(slot), id_);
     }
@@ -118,10 +118,10 @@ SequenceImpl::Entry SequenceImpl::TakeShared(const BlockRef& block) {
 SequenceImpl::Entry SequenceImpl::TakeTail(const BlockRef& block) {
   Tiers& tiers = core_->tiers;
   Entry entry;
-  Slot slot = tiers.pool().slots().Take();
+  Slot slot = tiers.pool().slots().Take(tenant_);
   if (tiers.pool_tier() == Tier::kDevice) {
     if (block->absent(Tier::kDram)) {
-      core_->preloader.StartRead(block, tiers.dram->slots().Take(), false, id_);
+      core_->preloader.StartRead(block, tiers.dram->slots().Take(tenant_), false, id_);
     }
     entry.fill = core_->preloader.StartPrivateLoad(block, std::move(slot), id_);
   } else if (block->ready(Tier::kDram)) {
@@ -157,10 +157,10 @@ Status SequenceImpl::Reserve(uint32_t num_tokens) {
   if (!core_->CanMakeRoom(pool, more, &lose_unsaved)) {
     return Status(Code::kExhausted, "no room for " + std::to_string(more) + " more blocks now");
   }
-  core_->evictor.MakeRoom(pool, more, lose_unsaved);
+  core_->evictor.MakeRoom(pool, more, lose_unsaved, tenant_);
   for (uint32_t i = 0; i < more; ++i) {
     Entry entry;
-    entry.slot = core_->tiers.pool().slots().Take();
+    entry.slot = core_->tiers.pool().slots().Take(tenant_);
     const SlotId slot = entry.slot.id();
     AddEntry(static_cast<uint32_t>(entries_.size()) + num_dropped_, std::move(entry), slot);
   }
@@ -209,7 +209,8 @@ void SequenceImpl::LayerDone(uint32_t layer, uint32_t num_tokens) {
     const uint32_t end = (context_len_ + num_tokens) / block_size_;
     for (uint32_t i = context_len_ / block_size_; i < end; ++i) {
       Entry& entry = entries_[i];
-      if (layer == 0) entry.save = core_->saver.Begin(static_cast<SlotId>(block_table_[i]), id_);
+      const auto slot = static_cast<SlotId>(block_table_[i]);
+      if (layer == 0) entry.save = core_->saver.Begin(slot, id_, tenant_);
       if (entry.save != nullptr) core_->saver.Layer(entry.save, layer);
     }
   }
@@ -262,7 +263,7 @@ void SequenceImpl::PublishFull(uint32_t position) {
     return;
   }
   if (known) return;  // DRAM or SSD has it
-  if (entry.save == nullptr) entry.save = core_->saver.Begin(entry.pin.slot(), id_);
+  if (entry.save == nullptr) entry.save = core_->saver.Begin(entry.pin.slot(), id_, tenant_);
   if (entry.save != nullptr) {
     core_->saver.Publish(entry.save, block);
   } else {
@@ -283,7 +284,7 @@ void SequenceImpl::PublishTail(uint32_t position, uint32_t num_tokens) {
     core_->writes.Queue(block.get());
     return;
   }
-  entry.save = core_->saver.Begin(entry.slot.id(), id_);
+  entry.save = core_->saver.Begin(entry.slot.id(), id_, tenant_);
   if (entry.save == nullptr) return;
   entry.save->source_slot = std::move(entry.slot);
   core_->saver.Publish(entry.save, InsertBlock(key, entry.index, num_tokens));

@@ -19,7 +19,7 @@ uint32_t ReserveSlots(const StoreOptions& options, const Tiers& tiers) {
 StoreCore::StoreCore(const StoreOptions& store_options, Tiers&& opened)
     : options(store_options),
       tiers(std::move(opened)),
-      directory(options.layout.block_size, false),
+      directory(options.layout.block_size, options.tenant_quota_bytes != 0),
       policy(options.policy, &directory),
       writes(&tiers, &directory, &trace),
       evictor(&tiers, &directory, &writes, &trace, ReserveSlots(options, tiers)),
@@ -27,7 +27,12 @@ StoreCore::StoreCore(const StoreOptions& store_options, Tiers&& opened)
       saver(&tiers, &directory, &evictor, &writes, &trace),
       prefetcher(&tiers, &directory, &evictor, &preloader) {
   for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
-    if (tiers.slots(tier) != nullptr) directory.Reserve(tier, tiers.slots(tier)->capacity());
+    SlotPool* slots = tiers.slots(tier);
+    if (slots == nullptr) continue;
+    directory.Reserve(tier, slots->capacity());
+    if (options.tenant_quota_bytes == 0 || tier == Tier::kDevice) continue;
+    slots->SetQuota(static_cast<uint32_t>(std::min<uint64_t>(
+        options.tenant_quota_bytes / options.layout.host_slot_bytes(), UINT32_MAX)));
   }
 }
 
@@ -48,8 +53,11 @@ Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progres
   }
   policy.Restore(blocks);
   for (size_t i = 0; i < blocks.size(); ++i) {
-    Slot slot = tiers.ssd_slots->TakeAt(scanned.value()[i].slot);
+    Slot slot = tiers.ssd_slots->TakeAt(scanned.value()[i].slot, tenant);
     directory.FinishFill(directory.BeginFill(blocks[i], Tier::kSsd, std::move(slot)));
+  }
+  for (uint32_t i = 0; i < directory.num_tenants(); ++i) {
+    evictor.KeepQuota(Tier::kSsd, i, 0);  // it may be smaller than it was
   }
   writes.StartAfter(newest);
   return Status();
@@ -193,6 +201,16 @@ StoreStats StoreCore::Stats() const {
   return stats;
 }
 
+std::array<uint32_t, kNumTiers> StoreCore::TenantUsage(const TenantId& tenant) const {
+  std::array<uint32_t, kNumTiers> used{};
+  const std::optional<uint32_t> index = directory.FindTenant(tenant);
+  for (uint32_t t = 0; index.has_value() && t < kNumTiers; ++t) {
+    const SlotPool* slots = tiers.slots(static_cast<Tier>(t));
+    if (slots != nullptr) used[t] = slots->num_used(*index);
+  }
+  return used;
+}
+
 StoreCounters StoreCore::TotalCounters() const {
   const StoreCounters before = tiers.ssd->counters();
   return {.turns = before.turns + counters.turns,
@@ -219,6 +237,9 @@ void StoreCore::CheckInvariants() const {
     CA_CHECK(std::ranges::adjacent_find(held) == held.end());  // one owner each
     for (SlotId slot : held) CA_CHECK(!slots->is_free(slot));
     CA_CHECK(held.size() + slots->num_free() + slots->num_retired() == slots->capacity());
+    size_t counted = 0;
+    for (uint32_t i = 0; i < directory.num_tenants(); ++i) counted += slots->num_used(i);
+    CA_CHECK(counted == held.size());
   }
 }
 

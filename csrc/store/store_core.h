@@ -47,6 +47,7 @@ struct StoreCore {
 
   CachedTokens Count(const Chain& chain, const History& history) const;
   StoreStats Stats() const;
+  std::array<uint32_t, kNumTiers> TenantUsage(const TenantId& tenant) const;
   StoreCounters TotalCounters() const;  // of the file's whole life
   void CheckInvariants() const;
 

@@ -32,24 +32,36 @@ void WriteBehind::Queue(Block* block) {
 bool WriteBehind::MustDemote(Block* block) {
   if (tiers_->ssd == nullptr || block->write_failed || !block->absent(Tier::kSsd)) return false;
   if (block->copy(Tier::kDram).unsaved) return true;
-  const Block* lowest = directory_->saved(Tier::kSsd).top();
-  const bool worth =
-      tiers_->ssd_slots->num_free() > 0 || (lowest != nullptr && lowest->rank() < block->rank());
+  Block* victim = nullptr;
+  const bool worth = HasSsdRoom(*block, &victim);
   if (worth) Queue(block);
   return worth;
 }
 
-// A free place, or that of the SSD copy that ranks lowest, if lower than the incoming block.
+// True when `incoming` finds a place, if need be that of `victim`: the SSD copy that ranks lowest,
+// of its own tenant where that holds its quota, if lower than the incoming block.
+bool WriteBehind::HasSsdRoom(const Block& incoming, Block** victim) const {
+  const SlotPool& slots = *tiers_->ssd_slots;
+  *victim = nullptr;
+  if (!slots.WithinQuota(incoming.tenant, 1)) {
+    *victim = directory_->saved(Tier::kSsd, incoming.tenant).top();
+  } else if (slots.num_free() > 0) {
+    return true;
+  } else {
+    *victim = directory_->saved(Tier::kSsd).top();
+  }
+  return *victim != nullptr && (*victim)->rank() < incoming.rank();
+}
+
 Slot WriteBehind::TakeSsdSlot(const Block& incoming) {
-  SlotPool& slots = *tiers_->ssd_slots;
-  if (slots.num_free() == 0) {
-    Block* victim = directory_->saved(Tier::kSsd).top();
-    if (victim == nullptr || !(victim->rank() < incoming.rank())) return Slot();
+  Block* victim = nullptr;
+  if (!HasSsdRoom(incoming, &victim)) return Slot();
+  if (victim != nullptr) {
     trace_->Add(TraceKind::kEvict, 0, 0, 0, victim->copy(Tier::kSsd).slot.id());
     directory_->Drop(victim, Tier::kSsd);
     ++num_evicted_;
   }
-  return slots.Take();
+  return tiers_->ssd_slots->Take(incoming.tenant);
 }
 
 void WriteBehind::Pump() {

@@ -40,6 +40,7 @@ class WriteBehind {
     BlockPin source;
   };
 
+  bool HasSsdRoom(const Block& incoming, Block** victim) const;
   Slot TakeSsdSlot(const Block& incoming);
   void Start(const BlockRef& block, Slot slot);
 

@@ -3,7 +3,7 @@
 namespace cachedattn {
 
 void Slot::Release() {
-  if (pool_ != nullptr) pool_->Return(id_);
+  if (pool_ != nullptr) pool_->Return(id_, tenant_);
   pool_ = nullptr;
   id_ = kNoSlot;
 }
@@ -11,6 +11,7 @@ void Slot::Release() {
 void Slot::Retire() {
   CA_CHECK(pool_ != nullptr);
   ++pool_->num_retired_;
+  --pool_->used_[tenant_];
   pool_ = nullptr;
   id_ = kNoSlot;
 }
@@ -23,9 +24,11 @@ SlotPool::SlotPool(uint32_t num_slots, std::function<void(SlotId, bool taken)> w
   }
 }
 
-Slot SlotPool::Take() { return free_.empty() ? Slot() : TakeAt(free_.back()); }
+Slot SlotPool::Take(uint32_t tenant) {
+  return free_.empty() ? Slot() : TakeAt(free_.back(), tenant);
+}
 
-Slot SlotPool::TakeAt(SlotId id) {
+Slot SlotPool::TakeAt(SlotId id, uint32_t tenant) {
   CA_CHECK(id < capacity() && is_free(id));
   const uint32_t hole = std::exchange(position_[id], kNoSlot);
   const SlotId last = free_.back();
@@ -35,11 +38,14 @@ Slot SlotPool::TakeAt(SlotId id) {
     position_[last] = hole;
   }
   if (watch_) watch_(id, true);
-  return Slot(this, id);
+  if (tenant >= used_.size()) used_.resize(tenant + 1);
+  ++used_[tenant];
+  return Slot(this, id, tenant);
 }
 
-void SlotPool::Return(SlotId id) {
-  CA_CHECK(!is_free(id));
+void SlotPool::Return(SlotId id, uint32_t tenant) {
+  CA_CHECK(!is_free(id) && used_[tenant] > 0);
+  --used_[tenant];
   if (watch_) watch_(id, false);
   position_[id] = num_free();
   free_.push_back(id);
