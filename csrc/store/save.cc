@@ -17,7 +17,10 @@ SaveRef Saver::Begin(SlotId device_slot, uint64_t sequence, uint32_t tenant) {
   save->target = tiers_->dram->slots().Take(tenant);
   save->target_id = save->target.id();
   save->sequence = sequence;
-  std::erase_if(saves_, [](const auto& weak) { return weak.expired(); });
+  if (saves_.size() == saves_.capacity()) {  // rarely: the list is as long as all that runs
+    std::erase_if(saves_, [](const auto& weak) { return weak.expired(); });
+    saves_.reserve(2 * saves_.size() + 16);
+  }
   saves_.push_back(save);
   return save;
 }

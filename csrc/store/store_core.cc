@@ -53,7 +53,7 @@ Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progres
   }
   policy.Restore(blocks);
   for (size_t i = 0; i < blocks.size(); ++i) {
-    Slot slot = tiers.ssd_slots->TakeAt(scanned.value()[i].slot, tenant);
+    Slot slot = tiers.ssd_slots->TakeAt(scanned.value()[i].slot, blocks[i]->tenant);
     directory.FinishFill(directory.BeginFill(blocks[i], Tier::kSsd, std::move(slot)));
   }
   for (uint32_t i = 0; i < directory.num_tenants(); ++i) {
