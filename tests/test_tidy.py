@@ -57,7 +57,8 @@ class Tree:
     files: tuple[str, ...]
 
     def text(self, file: str) -> str:
-        return (self.root / file).read_text(encoding="utf-8")
+        # A few files are no text: the golden stores.
+        return (self.root / file).read_text(encoding="utf-8", errors="replace")
 
     def having(self, *suffixes: str) -> list[str]:
         return [file for file in self.files if file.endswith(suffixes)]
