@@ -238,7 +238,10 @@ void StoreCore::CheckInvariants() const {
     for (SlotId slot : held) CA_CHECK(!slots->is_free(slot));
     CA_CHECK(held.size() + slots->num_free() + slots->num_retired() == slots->capacity());
     size_t counted = 0;
-    for (uint32_t i = 0; i < directory.num_tenants(); ++i) counted += slots->num_used(i);
+    for (uint32_t i = 0; i < directory.num_tenants(); ++i) {
+      counted += slots->num_used(i);
+      CA_CHECK(tier != Tier::kSsd || slots->WithinQuota(i, 0));
+    }
     CA_CHECK(counted == held.size());
   }
 }

@@ -74,6 +74,7 @@ WorldOptions RandomWorld(uint64_t seed, bool hostile) {
   options.deadline_us = 5000 + random.Below(40'000);
   options.poison = random.OneIn(2);
   RandomFaults(&random, hostile, &options.faults);
+  options.quota = random.OneIn(3) ? 2 + random.Below(10) : 0;
   return options;
 }
 
@@ -89,6 +90,7 @@ SimWorld::SimWorld(const WorldOptions& options, SimClock* clock, SimDisk* disk)
     store_options_.ssd_bytes = SsdFileBytes(options.layout, options.ssd);
     store_options_.path = "simulated";
   }
+  store_options_.tenant_quota_bytes = options.quota * options.layout.host_slot_bytes();
   store_options_.policy = options.policy;
   store_options_.dram_reserve = options.dram_reserve;
   store_options_.io_depth = options.io_depth;

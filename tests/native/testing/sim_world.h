@@ -23,6 +23,7 @@ struct WorldOptions {
   Truncation truncation;
   uint32_t io_depth = 8;
   uint32_t tenants = 1, conversations = 4;
+  uint32_t quota = 0;       // of a tenant, in slots; 0: none
   uint32_t max_blocks = 8;  // of a history, before it begins anew
   uint32_t steps = 100;
   uint32_t crash_chance = 0, reopen_chance = 10;  // of 1000 steps
