@@ -34,6 +34,8 @@ class HostCopyEngine final : public CopyEngine {
     {
       const std::lock_guard lock(mutex_);
       stream.queue.push_back(request);
+      // A worker must not run out of memory.
+      if (finished_.capacity() <= in_flight_) finished_.reserve(2 * in_flight_ + 16);
     }
     stream.wake.notify_one();
     ++in_flight_;

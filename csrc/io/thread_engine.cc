@@ -21,7 +21,9 @@ constexpr int kNumThreads = 4;
 class ThreadEngine : public IoEngine {
  public:
   ThreadEngine(int fd, uint32_t depth, std::string why)
-      : fd_(fd), depth_(depth), why_(std::move(why)) {}
+      : fd_(fd), depth_(depth), why_(std::move(why)) {
+    finished_.reserve(depth);  // a worker must not run out of memory
+  }
 
   ~ThreadEngine() override {
     {
@@ -102,7 +104,7 @@ class ThreadEngine : public IoEngine {
   std::mutex mutex_;  // guards what follows
   std::condition_variable work_, done_;
   std::deque<IoRequest> queue_;
-  std::deque<IoCompletion> finished_;
+  std::vector<IoCompletion> finished_;
   bool stopping_ = false;
 
   std::vector<std::thread> threads_;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <new>
 
 #include "csrc/store/open_store.h"
 #include "csrc/store/sequence.h"
@@ -34,6 +35,16 @@ Status Validate(const StoreOptions& options) {
   return Status();
 }
 
+// The memory that an open takes is not reserved: it may be refused.
+template <typename Open>
+Result<std::unique_ptr<AttentionStore>> OrExhausted(const Open& open) {
+  try {
+    return open();
+  } catch (const std::bad_alloc&) {
+    return Status(Code::kExhausted, "out of memory");
+  }
+}
+
 class StoreImpl final : public AttentionStore {
  public:
   StoreImpl(const StoreOptions& options, Tiers&& tiers)
@@ -41,7 +52,10 @@ class StoreImpl final : public AttentionStore {
     const SsdTier* ssd = core_->tiers.ssd.get();
     io_report_ = ssd ? std::string(ssd->io_name()) + ": " + ssd->io_why() : "no SSD tier";
   }
-  ~StoreImpl() override { (void)Close(); }
+  ~StoreImpl() override {
+    core_->abandoned = true;
+    (void)Close();
+  }
 
   Status Restore() { return core_->tiers.ssd ? core_->Restore(core_->options.progress) : Status(); }
 
@@ -55,27 +69,34 @@ class StoreImpl final : public AttentionStore {
   }
 
   void SetQueue(std::span<const Chain* const> waiting) override {
+    const MemoryReserve::Use use(&core_->memory);
     if (core_->usable()) core_->SetQueue(waiting);
   }
 
   CachedTokens Lookup(const Chain& chain) override {
+    const MemoryReserve::Use use(&core_->memory);
     if (!core_->usable() || chain.num_tokens() == 0) return CachedTokens();
-    return core_->Count(chain, FindHistory(core_->directory, chain, chain.num_tokens() - 1));
+    return core_->Count(
+        chain, FindHistory(core_->directory, chain, chain.num_tokens() - 1, core_->tiers.ssd_on));
   }
 
   Result<std::unique_ptr<Sequence>> Begin(std::shared_ptr<Chain> chain,
                                           uint32_t max_history) override {
+    const MemoryReserve::Use use(&core_->memory);
     return SequenceImpl::Begin(core_, std::move(chain), max_history);
   }
 
   void Poll() override {
+    const MemoryReserve::Use use(&core_->memory);
     if (core_->usable()) core_->Drive(0);
   }
   void Flush() override {
+    const MemoryReserve::Use use(&core_->memory);
     if (core_->usable()) core_->Flush();
   }
   void DropTier(Tier tier) override {
     if (!core_->usable()) return;
+    const MemoryReserve::Use use(&core_->memory);
     core_->Flush();
     core_->FinishLoads();
     core_->evictor.DropAll(tier);
@@ -108,12 +129,9 @@ class StoreImpl final : public AttentionStore {
   std::string io_report_;
 };
 
-}  // namespace
-
-Result<std::unique_ptr<AttentionStore>> OpenStoreOn(const StoreOptions& options,
-                                                    std::unique_ptr<SsdTier> ssd,
-                                                    std::unique_ptr<CopyEngine> copy) {
-  if (Status status = Validate(options); !status.ok()) return status;
+Result<std::unique_ptr<AttentionStore>> OpenTiers(const StoreOptions& options,
+                                                  std::unique_ptr<SsdTier> ssd,
+                                                  std::unique_ptr<CopyEngine> copy) {
   Tiers tiers;
   tiers.layout = options.layout;
   auto dram = MemoryTier::Open(Tier::kDram, options.dram_bytes, options.layout, options.poison);
@@ -135,8 +153,7 @@ Result<std::unique_ptr<AttentionStore>> OpenStoreOn(const StoreOptions& options,
   return std::unique_ptr<AttentionStore>(std::move(store));
 }
 
-Result<std::unique_ptr<AttentionStore>> AttentionStore::Open(const StoreOptions& options) {
-  if (Status status = Validate(options); !status.ok()) return status;
+Result<std::unique_ptr<AttentionStore>> OpenAll(const StoreOptions& options) {
   std::unique_ptr<SsdTier> ssd;
   if (options.ssd_bytes != 0) {
     // The slab is not registered with the ring: measured, that gains nothing, and it would fill
@@ -146,14 +163,33 @@ Result<std::unique_ptr<AttentionStore>> AttentionStore::Open(const StoreOptions&
                                  .identity = options.identity,
                                  .model_name = options.model_name,
                                  .max_bytes = options.ssd_bytes,
-                                 .io = {.kind = options.io, .depth = options.io_depth}};
+                                 .io = {.kind = options.io, .depth = options.io_depth},
+                                 .io_deadline_us = options.io_deadline_us,
+                                 .clock = options.clock};
     auto opened = SsdTier::Open(ssd_options);
     if (!opened.ok()) return opened.status();
     ssd = std::move(opened.value());
   }
   auto copy = options.device_bytes != 0 ? NewHostCopyEngine() : nullptr;
-  return OpenStoreOn(options, std::move(ssd), std::move(copy));
+  return OpenTiers(options, std::move(ssd), std::move(copy));
 }
+
+}  // namespace
+
+Result<std::unique_ptr<AttentionStore>> OpenStoreOn(const StoreOptions& options,
+                                                    std::unique_ptr<SsdTier> ssd,
+                                                    std::unique_ptr<CopyEngine> copy) {
+  if (Status status = Validate(options); !status.ok()) return status;
+  return OrExhausted([&] { return OpenTiers(options, std::move(ssd), std::move(copy)); });
+}
+
+Result<std::unique_ptr<AttentionStore>> AttentionStore::Open(const StoreOptions& options) {
+  if (Status status = Validate(options); !status.ok()) return status;
+  (void)FreeParkedStores();
+  return OrExhausted([&] { return OpenAll(options); });
+}
+
+size_t FreeParkedStores() { return StoreCore::FreeParked(); }
 
 namespace {
 

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "csrc/base/block_key.h"
+#include "csrc/base/clock.h"
 #include "csrc/base/kv_layout.h"
 #include "csrc/base/status.h"
 #include "csrc/io/io_engine.h"
@@ -41,8 +42,10 @@ struct StoreOptions {
   double dram_reserve = 0.1;  // share of DRAM slots kept free so that a fetch never waits
   IoKind io = IoKind::kAuto;
   uint32_t io_depth = 64;
-  bool poison =
-      false;  // free slots hold NaN: for tests and to find a stray read; costs memory rate
+  int64_t io_deadline_us = 2'000'000;  // an operation of the SSD tier that takes longer has failed
+  const Clock* clock = &SystemClock();
+  // Free slots hold NaN, so that a stray read shows: for tests. Costs memory rate.
+  bool poison = false;
   std::function<void(uint64_t done, uint64_t total)> progress;  // of the scan at open
 };
 
@@ -94,6 +97,12 @@ struct StoreStats {
   uint64_t ssd_bytes_read = 0, ssd_bytes_written = 0;
   uint64_t evictions[kNumTiers] = {};
   uint64_t failed_loads = 0, checksum_failures = 0, failed_saves = 0;
+  // The SSD tier fails: operations with an error or a short count, and those that took longer than
+  // io_deadline_us; DRAM slots that late ones hold, SSD places that rest after a failed write.
+  uint64_t io_errors = 0, late_ios = 0, outages = 0;
+  uint32_t quarantined_slots = 0, resting_slots = 0;
+  const char* ssd_state = "none";          // "on"; "off": its blocks are misses until it is back
+  std::string ssd_report = "no SSD tier";  // why, in one line
   uint32_t reads_in_flight = 0, writes_in_flight = 0, saves_waiting = 0;
 };
 
@@ -105,7 +114,9 @@ class CA_API AttentionStore {
   static Result<std::unique_ptr<AttentionStore>> Open(const StoreOptions& options);
   virtual ~AttentionStore() = default;  // Close, errors ignored
 
-  // Lands every save, records the counters, closes the file. Sequences must be gone.
+  // Lands every save, records the counters, closes the file. Sequences must be gone. kIo: not all
+  // is on the disk; a disk that does not answer holds nobody for longer than the I/O deadline, and
+  // keeps its memory and the lock on the file until it does.
   virtual Status Close() = 0;
 
   // kClosed after Close, and in a process that was forked from the one that opened the store. Calls

@@ -58,7 +58,10 @@ struct Block {
   const Copy& copy(Tier tier) const { return copies[static_cast<int>(tier)]; }
   bool ready(Tier tier) const { return copy(tier).state == CopyState::kReady; }
   bool absent(Tier tier) const { return copy(tier).state == CopyState::kAbsent; }
-  bool resident() const { return ready(Tier::kDevice) || ready(Tier::kDram) || ready(Tier::kSsd); }
+  // Without `ssd`: in another tier than that.
+  bool resident(bool ssd) const {
+    return ready(Tier::kDevice) || ready(Tier::kDram) || (ssd && ready(Tier::kSsd));
+  }
 
   // What waiting requests need goes last, the head of the queue very last. Else the oldest stamp
   // goes first, and of one stamp the deepest.

@@ -7,10 +7,11 @@ namespace cachedattn {
 namespace {
 
 // The longest part-filled block `block` of the chain, of at most `limit` tokens.
-BlockRef FindTail(const Directory& directory, const Chain& chain, uint32_t block, uint32_t limit) {
+BlockRef FindTail(const Directory& directory, const Chain& chain, uint32_t block, uint32_t limit,
+                  bool ssd) {
   Block* best = nullptr;
   for (Block* partial : directory.partials(chain.parent_key(block))) {
-    if (partial->num_tokens > limit || !partial->resident()) continue;
+    if (partial->num_tokens > limit || !partial->resident(ssd)) continue;
     if (best != nullptr && partial->num_tokens <= best->num_tokens) continue;
     if (chain.PartialKey(block, partial->num_tokens) == partial->key) best = partial;
   }
@@ -19,14 +20,14 @@ BlockRef FindTail(const Directory& directory, const Chain& chain, uint32_t block
 
 }  // namespace
 
-History FindHistory(const Directory& directory, const Chain& chain, uint32_t limit) {
+History FindHistory(const Directory& directory, const Chain& chain, uint32_t limit, bool ssd) {
   limit = std::min(limit, chain.num_tokens());
   const uint32_t block_size = chain.block_size();
   uint32_t num_full = limit / block_size;
   std::vector<BlockRef> blocks(num_full);
   for (uint32_t i = 0; i < num_full; ++i) {
     blocks[i] = directory.Find(chain.key(i));
-    if (blocks[i] != nullptr && !blocks[i]->resident()) blocks[i].reset();
+    if (blocks[i] != nullptr && !blocks[i]->resident(ssd)) blocks[i].reset();
     // Only a window can leave a missing block out of the context.
     if (blocks[i] == nullptr && chain.truncation().window == 0) num_full = i;
   }
@@ -44,7 +45,7 @@ History FindHistory(const Directory& directory, const Chain& chain, uint32_t lim
   };
   for (uint32_t full = num_full;; --full) {
     const uint32_t left = std::min(limit - full * block_size, block_size - 1);
-    if (const BlockRef tail = FindTail(directory, chain, full, left)) {
+    if (const BlockRef tail = FindTail(directory, chain, full, left, ssd)) {
       History history = build(full * block_size + tail->num_tokens, full, tail);
       if (history.num_tokens > 0) return history;
     }
@@ -57,7 +58,7 @@ History FindHistory(const Directory& directory, const Chain& chain, uint32_t lim
 }
 
 Tier ServingTier(const Block& block) {
-  CA_CHECK(block.resident());
+  CA_CHECK(block.resident(true));
   return block.ready(Tier::kDevice) ? Tier::kDevice
          : block.ready(Tier::kDram) ? Tier::kDram
                                     : Tier::kSsd;

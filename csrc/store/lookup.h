@@ -17,8 +17,8 @@ struct History {
 };
 
 // The longest history of at most `limit` tokens. Blocks that a cut has dropped from the context
-// need not be resident.
-History FindHistory(const Directory& directory, const Chain& chain, uint32_t limit);
+// need not be resident. Without `ssd`, blocks that only SSD holds are not.
+History FindHistory(const Directory& directory, const Chain& chain, uint32_t limit, bool ssd);
 
 // Fastest tier that holds the bytes of `block` now. REQUIRES: block.resident().
 Tier ServingTier(const Block& block);

@@ -16,4 +16,9 @@ CA_API Result<std::unique_ptr<AttentionStore>> OpenStoreOn(const StoreOptions& o
                                                            std::unique_ptr<SsdTier> ssd,
                                                            std::unique_ptr<CopyEngine> copy);
 
+// A store that was closed on a disk which did not answer is parked until that has let go of its
+// memory. Frees those that it has let go of; returns how many are left. AttentionStore::Open calls
+// it. It polls their disks, on the calling thread.
+CA_API size_t FreeParkedStores();
+
 }  // namespace cachedattn

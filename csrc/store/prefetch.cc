@@ -24,7 +24,8 @@ void Prefetcher::Want(std::span<const BlockRef> blocks) {
 }
 
 void Prefetcher::Pump() {
-  std::erase_if(running_, [](const FillRef& fill) { return fill->done; });
+  // A failed one may be in the disk's hands for long.
+  std::erase_if(running_, [](const FillRef& fill) { return fill->done || !fill->status.ok(); });
   while (!wanted_.empty() && running_.size() < max_in_flight_) {
     if (preloader_->reads_waiting() || !tiers_->ssd->can_submit()) return;
     const BlockRef block = directory_->Find(wanted_.front());

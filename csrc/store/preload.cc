@@ -119,7 +119,9 @@ void Preloader::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {
 }
 
 void Preloader::Pump() {
-  while (!reads_.empty() && tiers_->ssd->can_submit()) StartReadPiece(reads_.Pop());
+  while (!reads_.empty() && (!tiers_->ssd_on || tiers_->ssd->can_submit())) {
+    StartReadPiece(reads_.Pop());
+  }
   while (!loads_.empty() && num_loads_in_flight_ < kMaxLoadsInFlight) {
     Piece piece = loads_.Pop();
     if (!piece.fill->status.ok()) {
@@ -143,6 +145,7 @@ void Preloader::Pump() {
 }
 
 void Preloader::StartReadPiece(Piece piece) {
+  if (!tiers_->ssd_on) Fail(piece.fill.get(), Status(Code::kIo, "the SSD tier is off"));
   const Fill& fill = *piece.fill;
   if (!fill.status.ok()) {
     EndPiece(piece);
@@ -160,18 +163,31 @@ void Preloader::StartReadPiece(Piece piece) {
   tiers_->ssd->StartRead(slot, header, first_layer, num_layers, target, tag);
 }
 
-void Preloader::OnRead(uint64_t tag, const Status& status) {
-  auto node = started_.extract(tag);
-  CA_CHECK(!node.empty());
-  const Piece& piece = node.mapped();
-  Fill* fill = piece.fill.get();
-  --num_reads_in_flight_;
-  trace_->Add(TraceKind::kReadEnd, fill->sequence, piece.first_layer, piece.num_layers,
-              fill->source.slot());
-  if (status.ok()) {
+void Preloader::OnRead(const SsdCompletion& done) {
+  const auto it = started_.find(done.tag);
+  CA_CHECK(it != started_.end());
+  const FillRef fill = it->second.fill;
+  if (!it->second.late) {
+    --num_reads_in_flight_;
+    trace_->Add(TraceKind::kReadEnd, fill->sequence, it->second.first_layer, it->second.num_layers,
+                fill->source.slot());
+  }
+  if (done.late) {
+    it->second.late = true;
+    ++num_late_;
+    if (fill->late_pieces++ == 0) ++num_quarantined_;
+    Fail(fill.get(), done.status);
+    return;
+  }
+  const Piece piece = std::move(it->second);
+  started_.erase(it);
+  if (piece.late) {
+    --num_late_;
+    if (--fill->late_pieces == 0) --num_quarantined_;
+  } else if (done.status.ok()) {
     Landed(piece);
   } else {
-    Fail(fill, status);
+    Fail(fill.get(), done.status);
   }
   EndPiece(piece);
 }

@@ -29,6 +29,7 @@ struct Fill {
   uint64_t sequence = 0;        // who asked, for traces
   std::bitset<KvLayout::kMaxLayers> landed;
   uint32_t pieces_left = 0;  // queued or in flight, or to be queued
+  uint32_t late_pieces = 0;  // failed, but the disk may still write to the slot
   bool done = false;
   Status status;
   std::vector<std::shared_ptr<Fill>> followers;  // device fills that this DRAM fill feeds
@@ -77,17 +78,20 @@ class Preloader {
   FillRef StartLoad(const BlockRef& block, Slot slot, uint64_t sequence);
   FillRef StartPrivateLoad(const BlockRef& block, Slot slot, uint64_t sequence);
 
-  // Starts what the engines have room for.
+  // Starts what the engines have room for. Reads that wait fail while the SSD tier is off.
   void Pump();
 
   // The fill under way of a shared copy; nullptr: none, or it is a save or a write.
   FillRef FillOf(const Block& block, Tier tier) const;
 
-  void OnRead(uint64_t tag, const Status& status);
+  // A late piece fails the fill at once; its slots are held until the disk has let go of them.
+  void OnRead(const SsdCompletion& done);
   void OnLoad(uint64_t tag);
 
   bool reads_waiting() const { return !reads_.empty(); }
-  bool idle() const { return reads_.empty() && loads_.empty() && started_.empty(); }
+  // Nothing is to come but late reads.
+  bool idle() const { return reads_.empty() && loads_.empty() && started_.size() == num_late_; }
+  uint32_t num_quarantined() const { return num_quarantined_; }  // slots held by late reads
   uint32_t num_reads_in_flight() const { return num_reads_in_flight_; }
   uint64_t num_failed() const { return num_failed_; }
 
@@ -99,6 +103,7 @@ class Preloader {
     FillRef fill;
     uint32_t first_layer = 0;
     uint32_t num_layers = 0;
+    bool late = false;
   };
 
   FillRef NewFill(const BlockRef& block, Tier target, SlotId slot, uint64_t sequence);
@@ -123,6 +128,8 @@ class Preloader {
   std::vector<std::weak_ptr<Fill>> private_fills_;  // for the invariants alone
   uint32_t num_reads_in_flight_ = 0;
   uint32_t num_loads_in_flight_ = 0;
+  uint32_t num_late_ = 0;  // of started_
+  uint32_t num_quarantined_ = 0;
   uint64_t next_tag_ = 0;
   uint64_t num_failed_ = 0;
 };

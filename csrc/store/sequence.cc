@@ -27,6 +27,7 @@ SequenceImpl::SequenceImpl(std::shared_ptr<StoreCore> core, std::shared_ptr<Chai
 }
 
 SequenceImpl::~SequenceImpl() {
+  const MemoryReserve::Use use(&core_->memory);
   if (!core_->forked()) End();
 }
 
@@ -34,6 +35,7 @@ Result<std::unique_ptr<Sequence>> SequenceImpl::Begin(std::shared_ptr<StoreCore>
                                                       std::shared_ptr<Chain> chain,
                                                       uint32_t max_history) {
   if (Status status = core->CheckUsable(); !status.ok()) return status;
+  if (!core->memory.full()) return Status(Code::kExhausted, "out of memory");
   if (chain == nullptr || chain->num_tokens() == 0) {
     return Status(Code::kInvalidArgument, "chain: holds no tokens");
   }
@@ -41,7 +43,7 @@ Result<std::unique_ptr<Sequence>> SequenceImpl::Begin(std::shared_ptr<StoreCore>
     return Status(Code::kInvalidArgument, "chain: made for another block size");
   }
   const uint32_t limit = std::min(max_history, chain->num_tokens() - 1);
-  const History history = FindHistory(core->directory, *chain, limit);
+  const History history = FindHistory(core->directory, *chain, limit, core->tiers.ssd_on);
   std::unique_ptr<SequenceImpl> sequence(new SequenceImpl(core, chain));
   if (Status status = sequence->TakeHistory(history); !status.ok()) return status;
 
@@ -146,10 +148,12 @@ uint32_t SequenceImpl::room() const {
 }
 
 Status SequenceImpl::Reserve(uint32_t num_tokens) {
+  const MemoryReserve::Use use(&core_->memory);
   if (Status status = core_->CheckUsable(); !status.ok()) return status;
   CA_CHECK(num_tokens <= room());
   const uint32_t needed = core_->options.layout.num_blocks(uint64_t{context_len_} + num_tokens);
   if (needed <= entries_.size()) return Status();
+  if (!core_->memory.full()) return Status(Code::kExhausted, "out of memory");
   const auto more = static_cast<uint32_t>(needed - entries_.size());
   const Tier pool = core_->tiers.pool_tier();
   core_->Drive(0);  // a save that has landed holds no slot any more
@@ -183,6 +187,7 @@ void SequenceImpl::Settle() {
 }
 
 Status SequenceImpl::WaitLayer(uint32_t layer) {
+  const MemoryReserve::Use use(&core_->memory);
   if (Status status = core_->CheckUsable(); !status.ok()) return status;
   CA_CHECK(layer < core_->options.layout.num_layers);
   core_->trace.Add(TraceKind::kWaitStart, id_, layer, 1, kNoSlot);
@@ -203,6 +208,7 @@ Status SequenceImpl::WaitLayer(uint32_t layer) {
 }
 
 void SequenceImpl::LayerDone(uint32_t layer, uint32_t num_tokens) {
+  const MemoryReserve::Use use(&core_->memory);
   if (!core_->usable()) return;
   core_->trace.Add(TraceKind::kComputeEnd, id_, layer, 1, kNoSlot);
   if (core_->tiers.pool_tier() == Tier::kDevice) {
@@ -218,6 +224,7 @@ void SequenceImpl::LayerDone(uint32_t layer, uint32_t num_tokens) {
 }
 
 void SequenceImpl::Append(std::span<const TokenId> tokens) {
+  const MemoryReserve::Use use(&core_->memory);
   if (!core_->usable()) return;
   const auto known = chain_->tokens().subspan(num_computed_);
   const size_t common = std::min(known.size(), tokens.size());
@@ -262,7 +269,7 @@ void SequenceImpl::PublishFull(uint32_t position) {
     core_->writes.Queue(block.get());
     return;
   }
-  if (known) return;  // DRAM or SSD has it
+  if (known && !(block->absent(Tier::kDram) && !core_->tiers.ssd_on)) return;  // saved elsewhere
   if (entry.save == nullptr) entry.save = core_->saver.Begin(entry.pin.slot(), id_, tenant_);
   if (entry.save != nullptr) {
     core_->saver.Publish(entry.save, block);
@@ -274,11 +281,15 @@ void SequenceImpl::PublishFull(uint32_t position) {
 void SequenceImpl::PublishTail(uint32_t position, uint32_t num_tokens) {
   Entry& entry = entries_[position];
   const BlockKey key = chain_->PartialKey(entry.index, num_tokens);
-  if (!entry.slot || core_->directory.Find(key) != nullptr) return;
   Tiers& tiers = core_->tiers;
+  const BlockRef known = core_->directory.Find(key);
+  if (!entry.slot || (known != nullptr && (tiers.ssd_on || !known->absent(Tier::kDram)))) return;
+  const auto listed = [&] {
+    return known != nullptr ? known : InsertBlock(key, entry.index, num_tokens);
+  };
   if (tiers.pool_tier() == Tier::kDram) {
     ZeroUnusedTokens(tiers.layout, num_tokens, tiers.dram->payload(entry.slot.id()));
-    const BlockRef block = InsertBlock(key, entry.index, num_tokens);
+    const BlockRef block = listed();
     core_->directory.FinishFill(
         core_->directory.BeginFill(block, Tier::kDram, std::move(entry.slot)));
     core_->writes.Queue(block.get());
@@ -287,10 +298,11 @@ void SequenceImpl::PublishTail(uint32_t position, uint32_t num_tokens) {
   entry.save = core_->saver.Begin(entry.slot.id(), id_, tenant_);
   if (entry.save == nullptr) return;
   entry.save->source_slot = std::move(entry.slot);
-  core_->saver.Publish(entry.save, InsertBlock(key, entry.index, num_tokens));
+  core_->saver.Publish(entry.save, listed());
 }
 
 void SequenceImpl::Truncate() {
+  const MemoryReserve::Use use(&core_->memory);
   if (!core_->usable()) return;
   CA_CHECK(room() == 0);
   const Cut* cut = chain_->CutBefore(static_cast<uint32_t>(entries_.size()) + num_dropped_);
@@ -310,6 +322,7 @@ void SequenceImpl::Release(Entry entry) {
 }
 
 void SequenceImpl::Commit() {
+  const MemoryReserve::Use use(&core_->memory);
   if (!core_->usable()) return;
   if (!core_->sequences.contains(this)) return;
   Settle();
@@ -330,6 +343,7 @@ void SequenceImpl::End() {
   for (Entry& entry : entries_) Release(std::move(entry));
   entries_.clear();
   block_table_.clear();
+  if (core_->abandoned && core_->sequences.empty()) (void)core_->Close();
 }
 
 void SequenceImpl::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {

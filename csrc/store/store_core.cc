@@ -1,6 +1,9 @@
 #include "csrc/store/store_core.h"
 
 #include <algorithm>
+#include <mutex>
+#include <new>
+#include <optional>
 
 #include "csrc/store/sequence.h"
 
@@ -14,18 +17,38 @@ uint32_t ReserveSlots(const StoreOptions& options, const Tiers& tiers) {
   return static_cast<uint32_t>(options.dram_reserve * tiers.dram->slots().capacity());
 }
 
+// What the largest call needs: about half of this for each block that a sequence can hold.
+size_t ReserveBytes(const Tiers& tiers) {
+  size_t num_slots = tiers.dram->slots().capacity();
+  if (tiers.device != nullptr) num_slots += tiers.device->slots().capacity();
+  return (size_t{1} << 20) + (size_t{1} << 10) * num_slots;
+}
+
+struct Parked {
+  std::mutex mutex;
+  std::vector<std::shared_ptr<StoreCore>> cores;
+};
+// Never destroyed: at exit a disk may still write to the memory in it.
+Parked& TheParked() {
+  static auto* parked = new Parked;
+  return *parked;
+}
+
 }  // namespace
 
 StoreCore::StoreCore(const StoreOptions& store_options, Tiers&& opened)
     : options(store_options),
       tiers(std::move(opened)),
+      memory(ReserveBytes(tiers)),
+      trace(options.clock),
       directory(options.layout.block_size, options.tenant_quota_bytes != 0),
       policy(options.policy, &directory),
-      writes(&tiers, &directory, &trace),
+      writes(&tiers, &directory, &trace, options.clock),
       evictor(&tiers, &directory, &writes, &trace, ReserveSlots(options, tiers)),
       preloader(&tiers, &directory, &trace),
       saver(&tiers, &directory, &evictor, &writes, &trace),
-      prefetcher(&tiers, &directory, &evictor, &preloader) {
+      prefetcher(&tiers, &directory, &evictor, &preloader),
+      health(options.clock) {
   for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
     SlotPool* slots = tiers.slots(tier);
     if (slots == nullptr) continue;
@@ -37,11 +60,9 @@ StoreCore::StoreCore(const StoreOptions& store_options, Tiers&& opened)
 }
 
 Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progress) {
+  closed = true;  // until it is whole there is nothing to record
   Result<std::vector<ScannedBlock>> scanned = tiers.ssd->Scan(progress);
-  if (!scanned.ok()) {
-    closed = true;  // nothing to record
-    return scanned.status();
-  }
+  if (!scanned.ok()) return scanned.status();
   std::vector<BlockRef> blocks;
   blocks.reserve(scanned.value().size());
   uint64_t newest = 0;
@@ -60,6 +81,7 @@ Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progres
     evictor.KeepQuota(Tier::kSsd, i, 0);  // it may be smaller than it was
   }
   writes.StartAfter(newest);
+  closed = false;
   return Status();
 }
 
@@ -74,6 +96,7 @@ Status StoreCore::CheckUsable() const {
 Status StoreCore::Close() {
   if (forked()) return CheckUsable();
   if (closed) return Status();
+  std::optional<MemoryReserve::Use> use(&memory);
   if (!sequences.empty()) {
     return Status(Code::kBusy, std::to_string(sequences.size()) +
                                    " sequences are running: end them before the store");
@@ -81,14 +104,50 @@ Status StoreCore::Close() {
   SetQueue({});
   FinishLoads();
   Flush();
+  while (health.probing()) {
+    Drive(kWaitUs);
+    Flush();  // the disk may be back
+  }
   closed = true;
-  if (tiers.ssd == nullptr) return Status();
+  use.reset();  // how much the index takes depends on the SSD: that may be refused
+  Status status;
+  try {
+    if (tiers.ssd != nullptr) status = Record();
+  } catch (const std::bad_alloc&) {
+    status = Status(Code::kExhausted, "out of memory");  // the next open reads every header
+  }
+  if (tiers.ssd != nullptr && tiers.ssd->in_flight() > 0) {
+    const std::lock_guard lock(TheParked().mutex);
+    TheParked().cores.push_back(shared_from_this());
+  }
+  return status;
+}
+
+Status StoreCore::Record() {
+  if (tiers.ssd->num_late() > 0) {
+    return Status(Code::kIo, std::to_string(tiers.ssd->num_late()) +
+                                 " operations have not come back from the disk: until they have, "
+                                 "nobody can open this store");
+  }
   std::vector<ScannedBlock> blocks;
   directory.ForEach([&](const Block& block) {
     if (!block.ready(Tier::kSsd)) return;
     blocks.push_back({block.copy(Tier::kSsd).slot.id(), directory.HeaderOf(block)});
   });
   return tiers.ssd->Sync(TotalCounters(), blocks);
+}
+
+size_t StoreCore::FreeParked() {
+  std::vector<std::shared_ptr<StoreCore>> free;
+  const std::lock_guard lock(TheParked().mutex);
+  std::erase_if(TheParked().cores, [&](const std::shared_ptr<StoreCore>& core) {
+    if (core->forked()) return false;  // of the parent
+    core->TakeCompletions(0);
+    if (core->tiers.ssd->in_flight() > 0) return false;
+    free.push_back(core);
+    return true;
+  });
+  return TheParked().cores.size();
 }
 
 void StoreCore::Drive(int64_t timeout_us) {
@@ -103,20 +162,46 @@ void StoreCore::Drive(int64_t timeout_us) {
     }
   }
   if (tiers.ssd != nullptr) {
-    completions_.clear();
-    tiers.ssd->Poll(&completions_, tiers.ssd->in_flight() > 0 ? timeout_us : 0);
-    for (const SsdCompletion& done : completions_) {
-      (done.tag & kSaveTag) ? writes.OnDone(done.tag, done.status)
-                            : preloader.OnRead(done.tag, done.status);
-    }
+    TakeCompletions(timeout_us);
+    JudgeSsd();
   }
   preloader.Pump();
   saver.Pump();
-  if (tiers.ssd != nullptr) {
-    prefetcher.Pump();
+  if (tiers.ssd != nullptr && tiers.ssd_on) {
+    if (memory.full()) prefetcher.Pump();
     if (!preloader.reads_waiting()) writes.Pump();
   }
   evictor.KeepReserve();
+}
+
+void StoreCore::TakeCompletions(int64_t timeout_us) {
+  completions_.clear();
+  tiers.ssd->Poll(&completions_, tiers.ssd->in_flight() > 0 ? timeout_us : 0);
+  for (const SsdCompletion& done : completions_) {
+    if (health.OnCompletion(done)) continue;
+    (done.tag & kSaveTag) ? writes.OnDone(done) : preloader.OnRead(done);
+  }
+}
+
+void StoreCore::JudgeSsd() {
+  const bool stuck = !tiers.ssd->can_submit() && health.late_now() >= tiers.ssd->in_flight();
+  health.Judge(preloader.num_quarantined() + writes.num_quarantined(),
+               tiers.dram->slots().capacity(), stuck);
+  if (health.on() != tiers.ssd_on) SwitchSsd(health.on());
+  if (tiers.ssd->can_submit() && health.TakeProbe()) tiers.ssd->StartProbe(SsdHealth::kProbeTag);
+}
+
+void StoreCore::SwitchSsd(bool on) {
+  tiers.ssd_on = on;
+  if (!on) {
+    writes.SwitchOff();
+    prefetcher.Clear();
+    return;
+  }
+  directory.ForEach([this](Block& block) {
+    block.write_failed = false;
+    if (block.ready(Tier::kDram)) writes.Queue(&block);
+  });
 }
 
 void StoreCore::Flush() {
@@ -137,7 +222,7 @@ bool StoreCore::CanMakeRoom(Tier tier, uint32_t n, bool* lose_unsaved) {
 
 void StoreCore::SetQueue(std::span<const Chain* const> waiting) {
   prefetcher.Clear();
-  if (policy.kind() != PolicyKind::kLookahead) return;
+  if (policy.kind() != PolicyKind::kLookahead || !memory.full()) return;
 
   uint64_t mean = conversations_ended ? conversation_bytes / conversations_ended : 0;
   if (mean == 0) {
@@ -150,7 +235,8 @@ void StoreCore::SetQueue(std::span<const Chain* const> waiting) {
   const Windows windows = ComputeWindows(tiers.dram->capacity_bytes(), ssd_bytes, mean);
   policy.StartQueue();
   for (uint32_t i = 0; i < std::min<size_t>(waiting.size(), windows.eviction); ++i) {
-    const History history = FindHistory(directory, *waiting[i], waiting[i]->num_tokens() - 1);
+    const History history =
+        FindHistory(directory, *waiting[i], waiting[i]->num_tokens() - 1, tiers.ssd_on);
     policy.Protect(history.blocks);
     if (tiers.ssd != nullptr && i < windows.prefetch) prefetcher.Want(history.blocks);
   }
@@ -192,9 +278,16 @@ StoreStats StoreCore::Stats() const {
     stats.ssd_bytes_read = tiers.ssd->bytes_read();
     stats.ssd_bytes_written = tiers.ssd->bytes_written();
     stats.checksum_failures = tiers.ssd->checksum_failures();
+    stats.ssd_state = tiers.ssd_on ? "on" : "off";
+    stats.ssd_report = health.report();
   }
   stats.failed_loads = preloader.num_failed();
   stats.failed_saves = writes.num_failed();
+  stats.io_errors = health.num_errors();
+  stats.late_ios = health.num_late();
+  stats.outages = health.num_outages();
+  stats.quarantined_slots = preloader.num_quarantined() + writes.num_quarantined();
+  stats.resting_slots = writes.num_resting();
   stats.reads_in_flight = preloader.num_reads_in_flight();
   stats.writes_in_flight = writes.num_in_flight();
   stats.saves_waiting = writes.num_waiting() + saver.num_waiting() + saver.num_in_flight();
@@ -225,6 +318,7 @@ void StoreCore::CheckInvariants() const {
   directory.CheckInvariants(&places);
   preloader.AddPlaces(&places);
   saver.AddPlaces(&places);
+  writes.AddPlaces(&places);
   for (const SequenceImpl* sequence : sequences) sequence->AddPlaces(&places);
   for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
     const SlotPool* slots = tiers.slots(tier);
@@ -236,7 +330,7 @@ void StoreCore::CheckInvariants() const {
     std::ranges::sort(held);
     CA_CHECK(std::ranges::adjacent_find(held) == held.end());  // one owner each
     for (SlotId slot : held) CA_CHECK(!slots->is_free(slot));
-    CA_CHECK(held.size() + slots->num_free() + slots->num_retired() == slots->capacity());
+    CA_CHECK(held.size() + slots->num_free() == slots->capacity());
     size_t counted = 0;
     for (uint32_t i = 0; i < directory.num_tenants(); ++i) {
       counted += slots->num_used(i);

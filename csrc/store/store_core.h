@@ -7,17 +7,18 @@
 #include <memory>
 #include <set>
 
+#include "csrc/base/memory_reserve.h"
 #include "csrc/store/lookup.h"
 #include "csrc/store/prefetch.h"
 #include "csrc/store/save.h"
+#include "csrc/store/ssd_health.h"
 
 namespace cachedattn {
 
 class SequenceImpl;
 
-struct StoreCore {
+struct StoreCore : std::enable_shared_from_this<StoreCore> {
   StoreCore(const StoreOptions& options, Tiers&& opened);
-  ~StoreCore() { (void)Close(); }  // by then there is no sequence
 
   // Lists the blocks that the SSD tier holds.
   Status Restore(const std::function<void(uint64_t, uint64_t)>& progress);
@@ -27,8 +28,10 @@ struct StoreCore {
   bool usable() const { return !closed && !forked(); }
   bool forked() const { return ::getpid() != opener; }
 
-  // As AttentionStore::Close.
+  // As AttentionStore::Close. A disk that has not let go of everything keeps what it holds: the
+  // parts of the store are parked until it has.
   Status Close();
+  static size_t FreeParked();  // as FreeParkedStores
 
   // Lets finished moves take effect and starts what is due. Waits up to `timeout_us` for the
   // first of them.
@@ -53,6 +56,7 @@ struct StoreCore {
 
   const StoreOptions options;
   Tiers tiers;
+  MemoryReserve memory;  // of every call that moves blocks
   Trace trace;
   Directory directory;
   Policy policy;
@@ -62,8 +66,11 @@ struct StoreCore {
   Saver saver;
   Prefetcher prefetcher;
 
+  SsdHealth health;
+
   bool closed = false;
   const pid_t opener = ::getpid();    // the process whose engines, threads and file these are
+  bool abandoned = false;  // the store is gone, and the last sequence closes what is left
   std::set<SequenceImpl*> sequences;  // alive
   uint64_t next_sequence_id = 1;
   StoreCounters counters;            // since open
@@ -71,6 +78,11 @@ struct StoreCore {
   uint64_t conversation_bytes = 0;
 
  private:
+  Status Record();
+  void TakeCompletions(int64_t timeout_us);
+  void JudgeSsd();
+  void SwitchSsd(bool on);
+
   std::vector<SsdCompletion> completions_;
   std::vector<uint64_t> copied_;
 };

@@ -21,6 +21,7 @@ struct Tiers {
   std::unique_ptr<MemoryTier> device;   // nullptr: block tables index DRAM slots (design D9)
   std::unique_ptr<SlotPool> ssd_slots;  // nullptr: no SSD tier
   std::unique_ptr<SsdTier> ssd;
+  bool ssd_on = true;                // SsdHealth's verdict: false, and nothing is started on it
   std::unique_ptr<CopyEngine> copy;  // nullptr without a device tier
 
   // The tier that block tables index.

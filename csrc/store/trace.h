@@ -1,8 +1,6 @@
 // Trace: timed events of the movers and of the sequences, for tests and charts. Off by default.
 #pragma once
 
-#include <ctime>
-#include <utility>
 #include <vector>
 
 #include "csrc/store/attention_store.h"
@@ -11,20 +9,25 @@ namespace cachedattn {
 
 class Trace {
  public:
+  explicit Trace(const Clock* clock) : clock_(clock) {}
+
   static constexpr size_t kMaxEvents = 1 << 20;  // later ones are lost
 
   void Enable(bool on) {
     on_ = on;
     events_.clear();
+    if (on) events_.reserve(kMaxEvents);  // Add takes no memory
   }
-  std::vector<TraceEvent> Take() { return std::exchange(events_, {}); }
+  std::vector<TraceEvent> Take() {
+    std::vector<TraceEvent> taken(events_);
+    events_.clear();
+    return taken;
+  }
 
   void Add(TraceKind kind, uint64_t sequence, uint32_t first_layer, uint32_t num_layers,
            SlotId slot) {
     if (!on_ || events_.size() >= kMaxEvents) return;
-    timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    events_.push_back({.time_ns = now.tv_sec * int64_t{1'000'000'000} + now.tv_nsec,
+    events_.push_back({.time_ns = clock_->NowNs(),
                        .kind = kind,
                        .sequence = sequence,
                        .first_layer = first_layer,
@@ -33,6 +36,7 @@ class Trace {
   }
 
  private:
+  const Clock* const clock_;
   bool on_ = false;
   std::vector<TraceEvent> events_;
 };

@@ -10,12 +10,15 @@ namespace {
 constexpr uint64_t kMaxBytesInFlight = 8 << 20;
 constexpr uint64_t kMaxWritesInFlight = 4;  // half of the smallest I/O depth
 
+constexpr int64_t kRestNs = 30'000'000'000;
+
 }  // namespace
 
-WriteBehind::WriteBehind(Tiers* tiers, Directory* directory, Trace* trace)
+WriteBehind::WriteBehind(Tiers* tiers, Directory* directory, Trace* trace, const Clock* clock)
     : tiers_(tiers),
       directory_(directory),
       trace_(trace),
+      clock_(clock),
       max_in_flight_(static_cast<uint32_t>(std::clamp<uint64_t>(
           kMaxBytesInFlight / tiers->layout.host_slot_bytes(), 1, kMaxWritesInFlight))) {}
 
@@ -24,13 +27,15 @@ void WriteBehind::Queue(Block* block) {
     directory_->DropReplaced(block);  // what would follow the write
     return;
   }
-  if (!block->absent(Tier::kSsd) || block->copy(Tier::kDram).unsaved || block->write_failed) return;
+  if (!tiers_->ssd_on || !block->absent(Tier::kSsd)) return;
+  if (block->copy(Tier::kDram).unsaved || block->write_failed) return;
   directory_->SetUnsaved(block, Tier::kDram, true);
   queue_.push_back(block->key);
 }
 
 bool WriteBehind::MustDemote(Block* block) {
-  if (tiers_->ssd == nullptr || block->write_failed || !block->absent(Tier::kSsd)) return false;
+  if (tiers_->ssd == nullptr || !tiers_->ssd_on) return false;
+  if (block->write_failed || !block->absent(Tier::kSsd)) return false;
   if (block->copy(Tier::kDram).unsaved) return true;
   Block* victim = nullptr;
   const bool worth = HasSsdRoom(*block, &victim);
@@ -54,6 +59,7 @@ bool WriteBehind::HasSsdRoom(const Block& incoming, Block** victim) const {
 }
 
 Slot WriteBehind::TakeSsdSlot(const Block& incoming) {
+  while (!resting_.empty() && resting_.front().until_ns <= clock_->NowNs()) resting_.pop_front();
   Block* victim = nullptr;
   if (!HasSsdRoom(incoming, &victim)) return Slot();
   if (victim != nullptr) {
@@ -65,7 +71,8 @@ Slot WriteBehind::TakeSsdSlot(const Block& incoming) {
 }
 
 void WriteBehind::Pump() {
-  while (!queue_.empty() && in_flight_.size() < max_in_flight_ && tiers_->ssd->can_submit()) {
+  while (!queue_.empty() && in_flight_.size() - num_late_ < max_in_flight_ &&
+         tiers_->ssd->can_submit()) {
     const BlockRef block = directory_->Find(queue_.front());
     queue_.pop_front();
     if (block == nullptr || !block->copy(Tier::kDram).unsaved) continue;
@@ -88,21 +95,42 @@ void WriteBehind::Start(const BlockRef& block, Slot slot) {
   tiers_->ssd->StartWrite(ssd_slot, header, tiers_->dram->slot(dram_slot), tag);
 }
 
-void WriteBehind::OnDone(uint64_t tag, const Status& status) {
-  auto node = in_flight_.extract(tag);
-  CA_CHECK(!node.empty());
-  Write& write = node.mapped();
+void WriteBehind::OnDone(const SsdCompletion& done) {
+  const auto it = in_flight_.find(done.tag);
+  CA_CHECK(it != in_flight_.end());
+  if (done.late) {
+    it->second.late = true;
+    ++num_late_;
+    return;
+  }
+  Write write = std::move(it->second);
+  in_flight_.erase(it);
+  num_late_ -= write.late;
   const BlockRef block = write.source.block();
   trace_->Add(TraceKind::kWriteEnd, 0, 0, tiers_->layout.num_layers, write.source.slot());
-  if (status.ok()) {
+  if (done.status.ok()) {
     directory_->FinishFill(std::move(write.transfer));
     directory_->DropReplaced(block.get());
     return;
   }
-  // The DRAM copy stays. The place is not used again, the block is not tried again.
+  // The DRAM copy stays. The place rests, the block is not tried again while the tier is on.
   ++num_failed_;
   block->write_failed = true;
-  directory_->AbortFill(std::move(write.transfer)).Retire();
+  resting_.push_back({clock_->NowNs() + kRestNs, directory_->AbortFill(std::move(write.transfer))});
+}
+
+void WriteBehind::SwitchOff() {
+  for (const BlockKey& key : queue_) {
+    const BlockRef block = directory_->Find(key);
+    if (block != nullptr) directory_->SetUnsaved(block.get(), Tier::kDram, false);
+  }
+  queue_.clear();
+}
+
+void WriteBehind::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {
+  for (const Resting& resting : resting_) {
+    (*places)[static_cast<int>(Tier::kSsd)].push_back(resting.slot.id());
+  }
 }
 
 }  // namespace cachedattn

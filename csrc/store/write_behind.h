@@ -13,9 +13,9 @@ namespace cachedattn {
 
 class WriteBehind {
  public:
-  WriteBehind(Tiers* tiers, Directory* directory, Trace* trace);
+  WriteBehind(Tiers* tiers, Directory* directory, Trace* trace, const Clock* clock);
 
-  // `block` is kReady in DRAM: write it unless SSD has it or refused it.
+  // `block` is kReady in DRAM: write it unless SSD has it or refused it, or is off.
   void Queue(Block* block);
 
   // True when the DRAM copy is the only one and worth a place on SSD: queues the write.
@@ -23,21 +23,38 @@ class WriteBehind {
 
   // Starts queued writes, few at a time so that a read never waits long behind them.
   void Pump();
-  void OnDone(uint64_t tag, const Status& status);
+  // A late write keeps its places until the disk has let go of them, and may still succeed.
+  void OnDone(const SsdCompletion& done);
 
-  bool idle() const { return queue_.empty() && in_flight_.empty(); }
+  // The SSD tier was switched off: what waits is forgotten, so that a long outage costs no memory.
+  // Whoever switches it on queues the blocks that it lacks.
+  void SwitchOff();
+
+  // Nothing is to come but late writes.
+  bool idle() const { return queue_.empty() && in_flight_.size() == num_late_; }
   uint32_t num_waiting() const { return static_cast<uint32_t>(queue_.size()); }
   uint32_t num_in_flight() const { return static_cast<uint32_t>(in_flight_.size()); }
+  uint32_t num_quarantined() const { return num_late_; }  // DRAM slots held by late writes
+  uint32_t num_resting() const { return static_cast<uint32_t>(resting_.size()); }
   uint64_t num_failed() const { return num_failed_; }
   uint64_t num_evicted() const { return num_evicted_; }  // SSD copies that made room
 
   // Blocks written from now on are newer than `generation`.
   void StartAfter(uint64_t generation) { generation_ = generation; }
 
+  // For the invariants: the resting places.
+  void AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const;
+
  private:
   struct Write {
     Transfer transfer;
     BlockPin source;
+    bool late = false;
+  };
+  // A place that a write has failed on; it may be good again later, as after a full disk.
+  struct Resting {
+    int64_t until_ns = 0;
+    Slot slot;
   };
 
   bool HasSsdRoom(const Block& incoming, Block** victim) const;
@@ -47,9 +64,12 @@ class WriteBehind {
   Tiers* const tiers_;
   Directory* const directory_;
   Trace* const trace_;
+  const Clock* const clock_;
   const uint32_t max_in_flight_;
   std::deque<BlockKey> queue_;  // a block is in it at most once (Copy::unsaved)
   std::unordered_map<uint64_t, Write> in_flight_;
+  uint32_t num_late_ = 0;        // of in_flight_
+  std::deque<Resting> resting_;  // in the order of their ends
   uint64_t next_tag_ = kSaveTag;
   uint64_t generation_ = 0;
   uint64_t num_failed_ = 0;

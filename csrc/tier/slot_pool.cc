@@ -8,14 +8,6 @@ void Slot::Release() {
   id_ = kNoSlot;
 }
 
-void Slot::Retire() {
-  CA_CHECK(pool_ != nullptr);
-  ++pool_->num_retired_;
-  --pool_->used_[tenant_];
-  pool_ = nullptr;
-  id_ = kNoSlot;
-}
-
 SlotPool::SlotPool(uint32_t num_slots, std::function<void(SlotId, bool taken)> watch)
     : free_(num_slots), position_(num_slots), watch_(std::move(watch)) {
   for (uint32_t i = 0; i < num_slots; ++i) {

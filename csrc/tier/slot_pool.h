@@ -1,4 +1,4 @@
-// SlotPool: the places of one tier. Each is free, retired, or owned by exactly one Slot.
+// SlotPool: the places of one tier. Each is free, or owned by exactly one Slot.
 // Each taken place counts for a tenant, which is a small number here.
 #pragma once
 
@@ -37,7 +37,6 @@ class Slot {
   explicit operator bool() const { return pool_ != nullptr; }
 
   void Release();  // the place is free again
-  void Retire();   // the place is bad: nobody gets it again
 
  private:
   friend class SlotPool;
@@ -71,7 +70,6 @@ class SlotPool {
 
   uint32_t capacity() const { return static_cast<uint32_t>(position_.size()); }
   uint32_t num_free() const { return static_cast<uint32_t>(free_.size()); }
-  uint32_t num_retired() const { return num_retired_; }
   bool is_free(SlotId id) const { return position_[id] != kNoSlot; }
 
  private:
@@ -80,7 +78,6 @@ class SlotPool {
 
   std::vector<SlotId> free_;        // a stack: the warmest place is taken first
   std::vector<uint32_t> position_;  // of each place in free_; kNoSlot: not free
-  uint32_t num_retired_ = 0;
   uint32_t quota_ = UINT32_MAX;
   std::vector<uint32_t> used_;  // by tenant
   const std::function<void(SlotId, bool taken)> watch_;

@@ -44,12 +44,13 @@ class SsdTierImpl : public SsdTier {
   void StartProbe(uint64_t tag) override;
   bool can_submit() const override { return !free_ops_.empty(); }
   uint32_t in_flight() const override {
-    return static_cast<uint32_t>(ops_.size() - free_ops_.size());
+    return ended_ ? engine_.in_flight() : static_cast<uint32_t>(ops_.size() - free_ops_.size());
   }
   uint32_t num_late() const override { return num_late_; }
   void Poll(std::vector<SsdCompletion>* out, int64_t timeout_us) override;
   Status Sync(const StoreCounters& counters, std::span<const ScannedBlock> blocks) override {
     CA_CHECK(!options_.read_only && in_flight() == 0);
+    ended_ = true;
     return file_->Sync(counters, blocks);
   }
 
@@ -108,6 +109,7 @@ class SsdTierImpl : public SsdTier {
   std::vector<uint32_t> free_ops_;
   int64_t next_deadline_ns_ = INT64_MAX;  // not after the first one of ops_
   uint32_t num_late_ = 0;
+  bool ended_ = false;  // by Sync: what is in flight is what it gave up waiting for
   std::vector<SlotDamage> damaged_;
   uint64_t bytes_read_ = 0, bytes_written_ = 0, checksum_failures_ = 0;
 };
@@ -194,7 +196,7 @@ void SsdTierImpl::Poll(std::vector<SsdCompletion>* out, int64_t timeout_us) {
   }
   std::array<IoCompletion, 64> finished;
   size_t count = engine_.Poll(finished, timeout_us);
-  while (count > 0) {
+  while (count > 0 && !ended_) {
     for (size_t i = 0; i < count; ++i) {
       OnCompletion(static_cast<uint32_t>(finished[i].tag), finished[i].result, out);
     }

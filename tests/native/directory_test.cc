@@ -38,14 +38,14 @@ using DirectoryDeathTest = DirectoryTest;
 
 TEST_F(DirectoryTest, ACopyGoesFromAbsentToReadyAndBack) {
   const BlockRef block = Insert(1);
-  EXPECT_FALSE(block->resident());
+  EXPECT_FALSE(block->resident(true));
   Transfer transfer = directory_.BeginFill(block, Tier::kDram, slots_.Take());
   EXPECT_EQ(block->copy(Tier::kDram).state, CopyState::kFilling);
-  EXPECT_FALSE(block->resident());
+  EXPECT_FALSE(block->resident(true));
   EXPECT_EQ(directory_.saved(Tier::kDram).top(), nullptr);
   Check();
   directory_.FinishFill(std::move(transfer));
-  EXPECT_TRUE(block->resident());
+  EXPECT_TRUE(block->resident(true));
   EXPECT_EQ(directory_.saved(Tier::kDram).size(), 1u);
   Check();
   directory_.Drop(block.get(), Tier::kDram);

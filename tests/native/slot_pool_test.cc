@@ -46,16 +46,6 @@ TEST(SlotPoolTest, ChosenPlacesAreTakenOnce) {
   EXPECT_FALSE(pool.Take());
 }
 
-TEST(SlotPoolTest, ARetiredPlaceNeverComesBack) {
-  SlotPool pool(2);
-  Slot bad = pool.Take();
-  bad.Retire();
-  EXPECT_EQ(pool.num_retired(), 1u);
-  const Slot good = pool.Take();
-  EXPECT_TRUE(good);
-  EXPECT_FALSE(pool.Take());
-}
-
 TEST(MemoryTierTest, SlotsAreAlignedAndApart) {
   const KvLayout layout{2, 1, 16, 16, DType::kBFloat16};
   auto tier = MemoryTier::Open(Tier::kDram, 3 * layout.host_slot_bytes() + 100, layout);

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "csrc/io/io_engine.h"
+#include "tests/native/testing/manual_clock.h"
 
 namespace cachedattn {
 
@@ -42,6 +43,9 @@ class FaultPlan {
   void Clear() { faults_.clear(); }
   uint32_t fired() const { return fired_; }
   void Release() { release_ = true; }
+  void Clear() { faults_.clear(); }  // the disk is well again
+  // Who waits while all that is left is held moves this clock instead.
+  void set_clock(ManualClock* clock) { clock_ = clock; }
 
   // For IoOptions::wrap.
   std::function<std::unique_ptr<IoEngine>(std::unique_ptr<IoEngine>)> Wrap();
@@ -67,6 +71,7 @@ class FaultPlan {
   std::deque<Fault> faults_;
   uint32_t fired_ = 0;
   bool release_ = false;
+  ManualClock* clock_ = nullptr;
 };
 
 class FaultyEngine : public IoEngine {
@@ -111,6 +116,10 @@ class FaultyEngine : public IoEngine {
     while (count < out.size() && !finished_.empty()) {
       out[count++] = finished_.front();
       finished_.pop_front();
+    }
+    if (plan_->clock_ != nullptr && count == 0 && inner_->in_flight() == 0) {
+      plan_->clock_->Advance(timeout_us * 1000);
+      return 0;
     }
     const size_t own = count;
     count += inner_->Poll(out.subspan(own), own > 0 ? 0 : timeout_us);

@@ -41,6 +41,7 @@ class ReferenceContext {
 
   // Absolute positions of the context's tokens.
   const std::vector<uint32_t>& positions() const { return positions_; }
+  uint32_t num_tokens() const { return static_cast<uint32_t>(hashes_.size()); }
   uint64_t hash(uint32_t position) const { return hashes_[position]; }
 
   static uint64_t Mix(uint64_t a, uint64_t b) {
@@ -147,6 +148,15 @@ class Player {
     if (wrong == 0) return;
     wrong_ += std::to_string(wrong) + " elements of layer " + std::to_string(layer) +
               " of a context of " + std::to_string(context) + "; ";
+  }
+
+  // The K and V of the next `count` tokens in one layer, for steps that a test plays by hand.
+  void WriteLayer(uint32_t layer, uint32_t count) {
+    const uint32_t context = sequence_->context_len();
+    while (reference_.positions().size() < context + count) {
+      reference_.Push(tokens_[reference_.num_tokens()]);
+    }
+    WriteLayer(layer, context, count);
   }
 
   AttentionStore* store() const { return store_; }

@@ -56,6 +56,8 @@ inline SsdOptions SsdOptionsOf(const StoreOptions& options) {
   ssd.model_name = options.model_name;
   ssd.max_bytes = options.ssd_bytes;
   ssd.io.depth = options.io_depth;
+  ssd.io_deadline_us = options.io_deadline_us;
+  ssd.clock = options.clock;
   return ssd;
 }
 
