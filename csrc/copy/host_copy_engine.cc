@@ -14,7 +14,8 @@ namespace {
 
 class HostCopyEngine final : public CopyEngine {
  public:
-  HostCopyEngine() {
+  // Not in the constructor, so that the worker of a failed start is joined.
+  void Start() {
     for (int i = 0; i < kNumStreams; ++i) {
       streams_[i].worker = std::thread([this, i] { Run(&streams_[i]); });
     }
@@ -26,7 +27,9 @@ class HostCopyEngine final : public CopyEngine {
       stopping_ = true;
     }
     for (Stream& stream : streams_) stream.wake.notify_one();
-    for (Stream& stream : streams_) stream.worker.join();
+    for (Stream& stream : streams_) {
+      if (stream.worker.joinable()) stream.worker.join();
+    }
   }
 
   void Enqueue(const CopyRequest& request) override {
@@ -90,6 +93,10 @@ class HostCopyEngine final : public CopyEngine {
 
 }  // namespace
 
-std::unique_ptr<CopyEngine> NewHostCopyEngine() { return std::make_unique<HostCopyEngine>(); }
+std::unique_ptr<CopyEngine> NewHostCopyEngine() {
+  auto engine = std::make_unique<HostCopyEngine>();
+  engine->Start();
+  return engine;
+}
 
 }  // namespace cachedattn

@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <system_error>
 
 #include "csrc/store/open_store.h"
 #include "csrc/store/sequence.h"
@@ -42,6 +43,8 @@ Result<std::unique_ptr<AttentionStore>> OrExhausted(const Open& open) {
     return open();
   } catch (const std::bad_alloc&) {
     return Status(Code::kExhausted, "out of memory");
+  } catch (const std::system_error& error) {
+    return Status(Code::kExhausted, std::string("cannot start the copy threads: ") + error.what());
   }
 }
 
@@ -185,8 +188,10 @@ Result<std::unique_ptr<AttentionStore>> OpenStoreOn(const StoreOptions& options,
 
 Result<std::unique_ptr<AttentionStore>> AttentionStore::Open(const StoreOptions& options) {
   if (Status status = Validate(options); !status.ok()) return status;
-  (void)FreeParkedStores();
-  return OrExhausted([&] { return OpenAll(options); });
+  return OrExhausted([&] {
+    (void)FreeParkedStores();
+    return OpenAll(options);
+  });
 }
 
 size_t FreeParkedStores() { return StoreCore::FreeParked(); }
