@@ -43,7 +43,6 @@ class FaultPlan {
   void Clear() { faults_.clear(); }
   uint32_t fired() const { return fired_; }
   void Release() { release_ = true; }
-  void Clear() { faults_.clear(); }  // the disk is well again
   // Who waits while all that is left is held moves this clock instead.
   void set_clock(ManualClock* clock) { clock_ = clock; }
 
