@@ -248,6 +248,13 @@ py::dict Stats(PyStore& self) {
   out["failed_loads"] = stats.failed_loads;
   out["failed_saves"] = stats.failed_saves;
   out["checksum_failures"] = stats.checksum_failures;
+  out["io_errors"] = stats.io_errors;
+  out["late_ios"] = stats.late_ios;
+  out["quarantined_slots"] = stats.quarantined_slots;
+  out["resting_slots"] = stats.resting_slots;
+  out["ssd_state"] = stats.ssd_state;
+  out["ssd_report"] = stats.ssd_report;
+  out["outages"] = stats.outages;
   out["reads_in_flight"] = stats.reads_in_flight;
   out["writes_in_flight"] = stats.writes_in_flight;
   out["saves_waiting"] = stats.saves_waiting;
