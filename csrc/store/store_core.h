@@ -69,8 +69,8 @@ struct StoreCore : std::enable_shared_from_this<StoreCore> {
   SsdHealth health;
 
   bool closed = false;
-  const pid_t opener = ::getpid();    // the process whose engines, threads and file these are
-  bool abandoned = false;  // the store is gone, and the last sequence closes what is left
+  const pid_t opener = ::getpid();  // the process whose engines, threads and file these are
+  bool abandoned = false;           // the store is gone, and the last sequence closes what is left
   std::set<SequenceImpl*> sequences;  // alive
   uint64_t next_sequence_id = 1;
   StoreCounters counters;            // since open
