@@ -40,13 +40,16 @@ Status SsdFile::Move(IoOp op, uint64_t offset, std::byte* data, uint32_t size) {
   const int64_t deadline_us = options_.io_deadline_us * (op == IoOp::kSync ? kSyncDeadlines : 1);
   const int64_t deadline_ns = options_.clock->NowNs() + deadline_us * 1000;
   const char* what = op == IoOp::kRead ? "cannot read " : "cannot write ";
+  const Status hung(Code::kIo, what + file_->path() + ": the disk does not answer");
+  if (hung_) return hung;
   constexpr int kTries = 16;  // where the answer is EAGAIN or EINTR
   for (int tries = 0;; ++tries) {
     engine_->Submit({op, offset, data, size, 0});
     IoCompletion done;
     while (engine_->Poll(std::span(&done, 1), options_.io_deadline_us) == 0) {
       if (options_.clock->NowNs() < deadline_ns) continue;
-      return Status(Code::kIo, what + file_->path() + ": the disk does not answer");
+      hung_ = true;
+      return hung;
     }
     if (done.result == static_cast<int64_t>(size)) return Status();
     if ((done.result == -EAGAIN || done.result == -EINTR) && tries < kTries) continue;
@@ -110,6 +113,7 @@ Status SsdFile::Load() {
     ++num_copies_;
     if (best == nullptr || copy->generation > best->generation) best = copy;
   }
+  if (hung_) return error;
   if (best == nullptr && other_version != 0) {
     return Status(Code::kMismatch, name + " has format version " + std::to_string(other_version) +
                                        ", this build reads version " + std::to_string(kSsdVersion));
@@ -232,7 +236,7 @@ Status SsdFile::ReadIndex() {
     const uint64_t count = std::min(kBufferPages, num_pages - first);
     Status status = Move(IoOp::kRead, IndexOffset(layout, num_slots_) + first * kPage, pages_.get(),
                          static_cast<uint32_t>(count * kPage));
-    if (!status.ok()) return Status();
+    if (!status.ok()) return hung_ ? status : Status();
     for (uint64_t i = 0; i < count; ++i) {
       const auto& page = reinterpret_cast<const IndexPage*>(pages_.get())[i];
       if (!IsSealed(superblock_.uuid, superblock_.generation, first + i, page)) return Status();

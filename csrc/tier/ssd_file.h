@@ -55,6 +55,7 @@ class SsdFile {
   std::unique_ptr<IoEngine> engine_;
   Superblock superblock_;
   uint32_t num_slots_ = 0;
+  bool hung_ = false;        // an answer is still to come: its buffer and tag are taken
   uint32_t num_copies_ = 0;  // of the superblock that are whole
   std::optional<std::vector<ScannedBlock>> index_;
 };
