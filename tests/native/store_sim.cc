@@ -118,7 +118,7 @@ bool PrintLine(const Arguments& arguments, const Tally& sum) {
               static_cast<unsigned long long>(sum.checksum_failures));
   for (uint32_t f = 0; f < kNumDiskFaults; ++f) {
     const auto fault = static_cast<DiskFault>(f);
-    if ((Silent(fault) && !arguments.hostile) || fault == DiskFault::kHang) continue;
+    if (Silent(fault) && !arguments.hostile) continue;
     std::printf("%s%s:%llu", f == 0 ? "" : ",", Name(fault),
                 static_cast<unsigned long long>(sum.fired[f]));
     complete = complete && sum.fired[f] != 0;

@@ -11,7 +11,7 @@ namespace cachedattn {
 namespace {
 
 constexpr DiskFault kKinds[] = {DiskFault::kEio, DiskFault::kNoSpace, DiskFault::kShort,
-                                DiskFault::kAgain};
+                                DiskFault::kAgain, DiskFault::kHang};
 
 // Of the run under way, for one that ends in an abort.
 char running[200];

@@ -43,7 +43,6 @@ void RandomFaults(SimRandom* random, bool hostile, DiskFaults* faults) {
   const auto first = static_cast<uint32_t>(DiskFault::kEio);
   for (uint32_t i = first; i < kNumDiskFaults; ++i) {
     if (Silent(static_cast<DiskFault>(i)) && !hostile) break;
-    if (i == static_cast<uint32_t>(DiskFault::kHang)) continue;
     if (random->OneIn(3)) faults->rate[i] = static_cast<uint16_t>(random->Scale(6));
   }
 }
@@ -95,6 +94,8 @@ SimWorld::SimWorld(const WorldOptions& options, SimClock* clock, SimDisk* disk)
   store_options_.dram_reserve = options.dram_reserve;
   store_options_.io_depth = options.io_depth;
   store_options_.poison = options.poison;
+  store_options_.io_deadline_us = options.deadline_us;
+  store_options_.clock = clock;
   for (uint32_t i = 0; i < options.conversations; ++i) {
     conversations_.push_back({std::string(1 + i % options.tenants, 't'), {}, nullptr});
   }
@@ -145,6 +146,7 @@ void SimWorld::Open() {
   disk_->faults() = options_.faults;
   disk_->faults().hang_ns = options_.deadline_us * 1000;
   disk_->faults().stride = options_.layout.host_slot_bytes();
+  while (FreeParkedStores() > 0) clock_->Advance(options_.deadline_us * 1000);
   Status status;
   for (int tries = 0; tries < 6; ++tries) {
     if (tries == 2) disk_->StopFaults();
@@ -342,7 +344,13 @@ void SimWorld::Recover() {
   clock_->set_limit(INT64_MAX);
   for (int i = 0; i < 3; ++i) {
     clock_->Advance(31 * kSecondNs);
-    store_->Poll();
+    for (int j = 0; j < 50; ++j) {  // a probe is a write and a read
+      store_->Poll();
+      clock_->Advance(1'000'000);
+    }
+  }
+  if (options_.ssd != 0 && std::string_view(store_->stats().ssd_state) != "on") {
+    Wrong("the SSD tier does not come back: " + store_->stats().ssd_report);
   }
   ReadAll();
   Check();
