@@ -65,6 +65,7 @@ class AttentionStore:
         ssd_bytes: int,
         tenant_quota_bytes: int,  # 0: none
         path: str,
+        master_key_file: str,  # '': not encrypted
         policy: str,  # 'lookahead', 'lru', 'fifo'
         dram_reserve: float,
         io: str,  # 'auto', 'uring', 'threads'
@@ -84,6 +85,7 @@ class AttentionStore:
     def poll(self) -> None: ...
     def flush(self) -> None: ...
     def drop_tier(self, tier: str) -> None: ...
+    def erase_tenant(self, tenant: str) -> bool: ...
     def stats(self) -> dict[str, object]: ...
     def tenant_usage(self, tenant: str) -> dict[str, int]: ...  # slots by tier
     def enable_trace(self, on: bool) -> None: ...
@@ -95,7 +97,14 @@ def inspect_store(path: str) -> dict[str, object]:
     of slot, key, parent, num_tokens, depth, generation). Takes no lock, writes nothing."""
 
 def check_store(
-    path: str, deep: bool, progress: Callable[[int, int], None] | None = None
+    path: str,
+    deep: bool,
+    master_key_file: str = "",
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, object]:
     """`checked` (blocks looked at) and `corrupt` (slots whose header, or with `deep` whose payload,
-    does not match its checksum). Takes no lock, writes nothing."""
+    does not match its checksum). Takes no lock, writes nothing. ValueError: `deep` without the
+    master key of an encrypted store."""
+
+def erase_tenant(path: str, master_key_file: str, tenant: str) -> bool:
+    """Drops a tenant's key from a store that nobody has open; False: there is none."""

@@ -37,6 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Dtype = Annotated[str, typer.Option(help="What is computed and stored: bfloat16 or float32.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")]
 Store = Annotated[Path, typer.Argument(help="Directory of a store's SSD tier.")]
+Key = Annotated[Path, typer.Option(help="Master key of an encrypted store.")]
 
 
 @app.command()
@@ -126,6 +127,9 @@ def check(
     deep: Annotated[
         bool, typer.Option("--deep", help="Also read every block and verify its bytes.")
     ] = False,
+    key: Annotated[
+        Path | None, typer.Option(help="Master key; --deep needs that of an encrypted store.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Verify a store's checksums: of every block's header, or of all its bytes.
@@ -134,7 +138,22 @@ def check(
     """
     from cachedattn.cli_store import run_check
 
-    raise typer.Exit(run_check(store, deep, as_json))
+    raise typer.Exit(run_check(store, deep, key, as_json))
+
+
+@app.command()
+def erase(
+    store: Store,
+    tenant: Annotated[str, typer.Option(help="Name of the tenant.")],
+    key: Key,
+) -> None:
+    """Erase a tenant from an encrypted store: drop its key, so that nobody can read its blocks.
+
+    The store must not be open. Exit code 1 if the store has no key of this tenant.
+    """
+    from cachedattn.cli_store import run_erase
+
+    raise typer.Exit(run_erase(store, tenant, key))
 
 
 @app.command()

@@ -71,7 +71,7 @@ def run_inspect(store: Path, as_json: bool) -> None:
     console.print(table)
 
 
-def run_check(store: Path, deep: bool, as_json: bool) -> int:
+def run_check(store: Path, deep: bool, key: Path | None, as_json: bool) -> int:
     """Verifies the store in directory `store`; the exit code: 0 sound, 1 damaged."""
     with progress_bar() as bar:
         task = bar.add_task("checking", total=None)
@@ -79,7 +79,7 @@ def run_check(store: Path, deep: bool, as_json: bool) -> int:
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        result = _core.check_store(str(store), deep, progress)
+        result = _core.check_store(str(store), deep, str(key or ""), progress)
     corrupt = result["corrupt"]
     if as_json:
         print(json.dumps({**result, "deep": deep, "ok": not corrupt}))
@@ -89,3 +89,13 @@ def run_check(store: Path, deep: bool, as_json: bool) -> int:
         for slot in corrupt:
             print(f"  slot {slot}: does not match its checksum; it counts as a miss")
     return 1 if corrupt else 0
+
+
+def run_erase(store: Path, tenant: str, key: Path) -> int:
+    """Drops the key of `tenant`; the exit code: 0 done, 1 there was none."""
+    erased = _core.erase_tenant(str(store), str(key), tenant)
+    if erased:
+        print(f"{store}: erased tenant '{tenant}'")
+    else:
+        print(f"{store}: no key of tenant '{tenant}'; nothing to erase")
+    return 0 if erased else 1

@@ -37,11 +37,13 @@ class StoreConfig:
     device: 0 on a CPU, whose block tables point at DRAM; else the emulated device pool.
     tenant_quota: what one tenant's KV takes at most of DRAM, and of SSD; 0 for no limit. Running
     requests count, but are not refused.
+    encrypt: file with a master key (`cachedattn keygen`); the SSD tier is encrypted under it.
     """
 
     dram: int | str = "1GiB"
     ssd: int | str = 0
     path: str = ""
+    encrypt: str = ""
     device: int | str = 0
     tenant_quota: int | str = 0
     block_size: int = 64  # tokens
@@ -62,6 +64,8 @@ class StoreConfig:
             raise ValueError("ssd needs path, the directory of the SSD tier")
         if self.path and not parse_size(self.ssd):
             raise ValueError("path needs ssd, the size of the SSD tier")
+        if self.encrypt and not parse_size(self.ssd):
+            raise ValueError("encrypt needs ssd: DRAM is not encrypted")
         check_choice("block_size", self.block_size, (16, 32, 64, 128))
         check_choice("policy", self.policy, ("lookahead", "lru", "fifo"))
         check_choice("io", self.io, ("auto", "uring", "threads"))

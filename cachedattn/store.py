@@ -47,6 +47,7 @@ class AttentionStore:
             ssd_bytes=parse_size(config.ssd),
             tenant_quota_bytes=parse_size(config.tenant_quota),
             path=config.path,
+            master_key_file=config.encrypt,
             policy=config.policy,
             dram_reserve=config.dram_reserve,
             io=config.io,
@@ -127,6 +128,14 @@ class AttentionStore:
     def drop_tier(self, tier: str) -> None:
         """Drops every copy in `tier` that nothing uses; 'dram' lands on the SSD first."""
         self._core.drop_tier(tier)
+
+    def erase_tenant(self, tenant: str) -> bool:
+        """Drops the tenant's key, and what it has in every tier: nothing of it can be read again.
+
+        False: it had no key. ValueError: the store is not encrypted. StoreError: the tenant has
+        sequences running, or the key could not be dropped.
+        """
+        return self._core.erase_tenant(tenant)
 
     def stats(self) -> dict[str, Any]:
         """Counters, and per tier its slots; as `_core.AttentionStore.stats`."""

@@ -18,7 +18,7 @@ struct OpenedStore {
   std::vector<ScannedBlock> blocks;
 };
 
-OpenedStore OpenForReading(const std::string& directory) {
+OpenedStore OpenForReading(const std::string& directory, const std::string& master_key_file) {
   auto info = ReadSsdInfo(directory);
   RaiseIfError(info.status());
   SsdOptions options;
@@ -27,6 +27,11 @@ OpenedStore OpenForReading(const std::string& directory) {
   options.identity = info.value().identity;
   options.model_name = info.value().model_name;
   options.read_only = true;
+  if (!master_key_file.empty()) {
+    auto keys = KeyRing::Open(master_key_file);
+    RaiseIfError(keys.status());
+    options.keys = std::move(keys.value());
+  }
   auto tier = SsdTier::Open(options);
   RaiseIfError(tier.status());
   auto blocks = tier.value()->ScanHeaders({});
@@ -35,7 +40,7 @@ OpenedStore OpenForReading(const std::string& directory) {
 }
 
 py::dict InspectStore(const std::string& directory) {
-  const OpenedStore store = OpenForReading(directory);
+  const OpenedStore store = OpenForReading(directory, "");
   const SsdInfo& info = store.info;
   py::dict out;
   out["model_name"] = info.model_name;
@@ -50,6 +55,7 @@ py::dict InspectStore(const std::string& directory) {
   out["used_slots"] = store.blocks.size();
   out["used_bytes"] = store.blocks.size() * info.layout.host_slot_bytes();
   out["closed_clean"] = info.clean;
+  out["encrypted"] = info.encrypted;
   py::dict counters;
   counters["turns"] = info.counters.turns;
   counters["tokens_requested"] = info.counters.tokens_requested;
@@ -96,9 +102,13 @@ std::vector<SlotId> ReadAll(OpenedStore& store,
   return corrupt;
 }
 
-py::dict CheckStore(const std::string& directory, bool deep,
+py::dict CheckStore(const std::string& directory, bool deep, const std::string& master_key_file,
                     const std::function<void(uint64_t, uint64_t)>& progress) {
-  OpenedStore store = OpenForReading(directory);
+  OpenedStore store = OpenForReading(directory, deep ? master_key_file : "");
+  if (deep && store.info.encrypted && master_key_file.empty()) {
+    throw py::value_error(
+        "the store is encrypted: its blocks can be read with its master key only");
+  }
   std::vector<SlotId> corrupt;
   for (const SlotDamage& damage : store.tier->damaged()) corrupt.push_back(damage.slot);
   const size_t checked = store.blocks.size() + corrupt.size();
@@ -116,7 +126,16 @@ py::dict CheckStore(const std::string& directory, bool deep,
 
 void BindInspect(py::module_& module) {
   module.def("inspect_store", &InspectStore, py::arg("path"));
+  module.def(
+      "erase_tenant",
+      [](const std::string& path, const std::string& master_key_file, const std::string& tenant) {
+        auto erased = EraseTenant(path, master_key_file, tenant);
+        RaiseIfError(erased.status());
+        return erased.value();
+      },
+      py::arg("path"), py::arg("master_key_file"), py::arg("tenant"));
   module.def("check_store", &CheckStore, py::arg("path"), py::arg("deep"),
+             py::arg("master_key_file") = "",
              py::arg("progress") = std::function<void(uint64_t, uint64_t)>());
 }
 

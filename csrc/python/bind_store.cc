@@ -155,8 +155,8 @@ std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, u
                                    const std::string& identity, const std::string& model_name,
                                    uint64_t device_bytes, uint64_t dram_bytes, uint64_t ssd_bytes,
                                    uint64_t tenant_quota_bytes, const std::string& path,
-                                   const std::string& policy, double dram_reserve,
-                                   const std::string& io, uint32_t io_depth,
+                                   const std::string& master_key_file, const std::string& policy,
+                                   double dram_reserve, const std::string& io, uint32_t io_depth,
                                    const py::object& progress) {
   StoreOptions options;
   options.layout = {num_layers, num_kv_heads, head_dim, block_size, ParseDType(dtype)};
@@ -170,6 +170,7 @@ std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, u
   options.ssd_bytes = ssd_bytes;
   options.tenant_quota_bytes = tenant_quota_bytes;
   options.path = path;
+  options.master_key_file = master_key_file;
   options.policy = ParsePolicy(policy);
   options.dram_reserve = dram_reserve;
   options.io = ParseIo(io);
@@ -346,9 +347,9 @@ void BindStore(py::module_& module) {
       .def(py::init(&OpenStore), py::kw_only(), py::arg("num_layers"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::arg("block_size"), py::arg("dtype"), py::arg("identity"),
            py::arg("model_name"), py::arg("device_bytes"), py::arg("dram_bytes"),
-           py::arg("ssd_bytes"), py::arg("tenant_quota_bytes"), py::arg("path"), py::arg("policy"),
-           py::arg("dram_reserve"), py::arg("io"), py::arg("io_depth"),
-           py::arg("progress") = py::none())
+           py::arg("ssd_bytes"), py::arg("tenant_quota_bytes"), py::arg("path"),
+           py::arg("master_key_file"), py::arg("policy"), py::arg("dram_reserve"), py::arg("io"),
+           py::arg("io_depth"), py::arg("progress") = py::none())
       .def_property_readonly("handle",
                              [](PyStore& self) {
                                self.get();
@@ -367,6 +368,14 @@ void BindStore(py::module_& module) {
       .def("lookup", [](PyStore& self, const Chain& chain) { return self.get().Lookup(chain); })
       .def("begin", &Begin, py::arg("chain"), py::arg("max_history") = UINT32_MAX)
       .def("poll", [](PyStore& self) { self.get().Poll(); })
+      .def(
+          "erase_tenant",
+          [](PyStore& self, const std::string& tenant) {
+            auto erased = self.get().EraseTenant(tenant);
+            RaiseIfError(erased.status());
+            return erased.value();
+          },
+          py::arg("tenant"))
       .def("flush",
            [](PyStore& self) {
              AttentionStore& store = self.get();

@@ -22,6 +22,9 @@ Status Validate(const StoreOptions& options) {
     return Invalid("dram_reserve: must be from 0 to 0.5, got " +
                    std::to_string(options.dram_reserve));
   }
+  if (options.ssd_bytes == 0 && !options.master_key_file.empty()) {
+    return Invalid("encrypt: there is no SSD tier to encrypt");
+  }
   if (options.ssd_bytes != 0 && options.path.empty()) {
     return Invalid("path: an SSD tier needs a directory");
   }
@@ -67,8 +70,12 @@ class StoreImpl final : public AttentionStore {
 
   std::shared_ptr<Chain> NewChain(std::string_view tenant, const Truncation& truncation) override {
     const StoreOptions& options = core_->options;
-    return std::make_shared<Chain>(TenantIdOf(tenant), RootKey(options.identity, tenant),
-                                   options.layout.block_size, truncation);
+    // A tenant's first use is written down, which is not for a child or after the end.
+    KeyRing* keys = core_->usable() ? core_->tiers.keys() : nullptr;
+    const BlockKey root =
+        keys ? keys->RootOf(options.identity, tenant) : RootKey(options.identity, tenant);
+    return std::make_shared<Chain>(core_->tiers.IdOf(tenant), root, options.layout.block_size,
+                                   truncation);
   }
 
   void SetQueue(std::span<const Chain* const> waiting) override {
@@ -105,9 +112,14 @@ class StoreImpl final : public AttentionStore {
     core_->evictor.DropAll(tier);
   }
 
+  Result<bool> EraseTenant(std::string_view tenant) override {
+    if (Status status = core_->CheckUsable(); !status.ok()) return status;
+    return core_->EraseTenant(tenant);
+  }
+
   StoreStats stats() const override { return core_->Stats(); }
   std::array<uint32_t, kNumTiers> TenantUsage(std::string_view tenant) const override {
-    return core_->TenantUsage(TenantIdOf(tenant));
+    return core_->TenantUsage(core_->tiers.IdOf(tenant));
   }
   const std::string& io_report() const override { return io_report_; }
   void EnableTrace(bool on) override { core_->trace.Enable(on); }
@@ -147,6 +159,11 @@ Result<std::unique_ptr<AttentionStore>> OpenTiers(const StoreOptions& options,
     tiers.device = std::move(device.value());
     tiers.copy = std::move(copy);
   }
+  if (ssd != nullptr && ssd->keys() != nullptr) {
+    for (MemoryTier* memory : {tiers.dram.get(), tiers.device.get()}) {
+      if (memory != nullptr) memory->LeaveOutOfDumps();
+    }
+  }
   if (ssd != nullptr) {
     tiers.ssd_slots = std::make_unique<SlotPool>(ssd->num_slots());
     tiers.ssd = std::move(ssd);
@@ -161,14 +178,19 @@ Result<std::unique_ptr<AttentionStore>> OpenAll(const StoreOptions& options) {
   if (options.ssd_bytes != 0) {
     // The slab is not registered with the ring: measured, that gains nothing, and it would fill
     // the whole slab with pages here.
-    const SsdOptions ssd_options{.directory = options.path,
-                                 .layout = options.layout,
-                                 .identity = options.identity,
-                                 .model_name = options.model_name,
-                                 .max_bytes = options.ssd_bytes,
-                                 .io = {.kind = options.io, .depth = options.io_depth},
-                                 .io_deadline_us = options.io_deadline_us,
-                                 .clock = options.clock};
+    SsdOptions ssd_options{.directory = options.path,
+                           .layout = options.layout,
+                           .identity = options.identity,
+                           .model_name = options.model_name,
+                           .max_bytes = options.ssd_bytes,
+                           .io = {.kind = options.io, .depth = options.io_depth},
+                           .io_deadline_us = options.io_deadline_us,
+                           .clock = options.clock};
+    if (!options.master_key_file.empty()) {
+      auto keys = KeyRing::Open(options.master_key_file);
+      if (!keys.ok()) return keys.status();
+      ssd_options.keys = std::move(keys.value());
+    }
     auto opened = SsdTier::Open(ssd_options);
     if (!opened.ok()) return opened.status();
     ssd = std::move(opened.value());

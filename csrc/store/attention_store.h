@@ -35,6 +35,8 @@ struct StoreOptions {
   uint64_t dram_bytes = 0;    // hard cap of the DRAM slab, running sequences included
   uint64_t ssd_bytes = 0;     // hard cap of the file; 0: no SSD tier
   std::string path;           // directory of the SSD tier
+  // The SSD tier is encrypted under the key in this file; empty: it is not.
+  std::string master_key_file;
   // What a tenant's blocks take at most of DRAM, and of SSD; 0: no limit. The slots of running
   // sequences count, but are not refused.
   uint64_t tenant_quota_bytes = 0;
@@ -148,6 +150,11 @@ class CA_API AttentionStore {
 
   // Drops every copy in `tier` that nothing uses; kDram lands unsaved blocks on SSD first.
   virtual void DropTier(Tier tier) = 0;
+
+  // Drops the tenant's key and everything of the tenant in every tier: what the SSD holds of it
+  // cannot be decrypted any more. False: there was no key. kInvalidArgument: the store is not
+  // encrypted; kBusy: the tenant has running sequences; kIo: the key could not be dropped.
+  virtual Result<bool> EraseTenant(std::string_view tenant) = 0;
 
   virtual StoreStats stats() const = 0;
   // Slots that count for `tenant`, by tier.

@@ -31,6 +31,8 @@ class SequenceImpl final : public Sequence {
   void Truncate() override;
   void Commit() override;
 
+  uint32_t tenant() const { return tenant_; }  // Directory::TenantIndex
+
   // For the invariants: the private slots.
   void AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const;
 

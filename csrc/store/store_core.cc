@@ -66,11 +66,15 @@ Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progres
   std::vector<BlockRef> blocks;
   blocks.reserve(scanned.value().size());
   uint64_t newest = 0;
+  const KeyRing* keys = tiers.keys();
+  std::erase_if(scanned.value(), [&](const ScannedBlock& block) {
+    newest = std::max(newest, block.header.generation);
+    return keys != nullptr && !keys->Has(block.header.tenant);  // erased: nobody can read it
+  });
   for (const auto& [slot, header] : scanned.value()) {
     blocks.push_back(directory.Insert(directory.TenantIndex(header.tenant), header.key,
                                       header.parent, header.num_tokens, header.depth));
     blocks.back()->generation = header.generation;
-    newest = std::max(newest, header.generation);
   }
   policy.Restore(blocks);
   for (size_t i = 0; i < blocks.size(); ++i) {
@@ -148,6 +152,38 @@ size_t StoreCore::FreeParked() {
     return true;
   });
   return TheParked().cores.size();
+}
+
+Result<bool> StoreCore::EraseTenant(std::string_view tenant) {
+  KeyRing* keys = tiers.keys();
+  if (keys == nullptr) {
+    return Status(Code::kInvalidArgument, "only an encrypted store can erase a tenant");
+  }
+  const TenantId id = keys->IdOf(tenant);
+  const auto index = directory.FindTenant(id);
+  for (const SequenceImpl* sequence : sequences) {
+    if (sequence->tenant() != index) continue;
+    return Status(Code::kBusy, "the tenant's sequences are running: end them first");
+  }
+  Flush();
+  FinishLoads();
+  Result<bool> erased = keys->Erase(id);
+  if (!erased.ok() || !index) return erased;
+  std::vector<BlockKey> blocks;
+  directory.ForEach([&](const Block& block) {
+    if (block.tenant == *index) blocks.push_back(block.key);
+  });
+  for (const BlockKey& key : blocks) {
+    const BlockRef block = directory.Find(key);
+    for (Tier tier : {Tier::kDevice, Tier::kDram}) {
+      const Copy& copy = block->copy(tier);
+      if (!block->ready(tier) || copy.pins > 0) continue;
+      MemoryTier& memory = tier == Tier::kDevice ? *tiers.device : *tiers.dram;
+      memory.Wipe(copy.slot.id());
+    }
+    directory.Forget(block.get());
+  }
+  return erased;
 }
 
 void StoreCore::Drive(int64_t timeout_us) {

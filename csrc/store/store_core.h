@@ -46,6 +46,8 @@ struct StoreCore : std::enable_shared_from_this<StoreCore> {
   // make room by itself.
   bool CanMakeRoom(Tier tier, uint32_t n, bool* lose_unsaved);
 
+  Result<bool> EraseTenant(std::string_view tenant);
+
   void SetQueue(std::span<const Chain* const> waiting);
 
   CachedTokens Count(const Chain& chain, const History& history) const;

@@ -28,6 +28,11 @@ struct Tiers {
   Tier pool_tier() const { return device ? Tier::kDevice : Tier::kDram; }
   MemoryTier& pool() const { return device ? *device : *dram; }
 
+  KeyRing* keys() const { return ssd ? ssd->keys() : nullptr; }  // nullptr: not encrypted
+  TenantId IdOf(std::string_view tenant) const {
+    return keys() ? keys()->IdOf(tenant) : TenantIdOf(tenant);
+  }
+
   // nullptr: the tier does not exist.
   SlotPool* slots(Tier tier) const {
     if (tier == Tier::kSsd) return ssd_slots.get();

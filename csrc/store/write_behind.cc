@@ -22,20 +22,25 @@ WriteBehind::WriteBehind(Tiers* tiers, Directory* directory, Trace* trace, const
       max_in_flight_(static_cast<uint32_t>(std::clamp<uint64_t>(
           kMaxBytesInFlight / tiers->layout.host_slot_bytes(), 1, kMaxWritesInFlight))) {}
 
+bool WriteBehind::NeverWritten(const Block& block) const {
+  const KeyRing* keys = tiers_->keys();
+  return block.write_failed || (keys && !keys->Has(directory_->tenant(block.tenant)));
+}
+
 void WriteBehind::Queue(Block* block) {
   if (tiers_->ssd == nullptr) {
     directory_->DropReplaced(block);  // what would follow the write
     return;
   }
   if (!tiers_->ssd_on || !block->absent(Tier::kSsd)) return;
-  if (block->copy(Tier::kDram).unsaved || block->write_failed) return;
+  if (block->copy(Tier::kDram).unsaved || NeverWritten(*block)) return;
   directory_->SetUnsaved(block, Tier::kDram, true);
   queue_.push_back(block->key);
 }
 
 bool WriteBehind::MustDemote(Block* block) {
   if (tiers_->ssd == nullptr || !tiers_->ssd_on) return false;
-  if (block->write_failed || !block->absent(Tier::kSsd)) return false;
+  if (NeverWritten(*block) || !block->absent(Tier::kSsd)) return false;
   if (block->copy(Tier::kDram).unsaved) return true;
   Block* victim = nullptr;
   const bool worth = HasSsdRoom(*block, &victim);

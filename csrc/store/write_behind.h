@@ -58,6 +58,8 @@ class WriteBehind {
   };
 
   bool HasSsdRoom(const Block& incoming, Block** victim) const;
+  // The disk refused it, or its tenant has no key (any more) to write under.
+  bool NeverWritten(const Block& block) const;
   Slot TakeSsdSlot(const Block& incoming);
   void Start(const BlockRef& block, Slot slot);
 

@@ -106,6 +106,8 @@ Result<std::unique_ptr<KeyRing>> KeyRing::Open(const std::string& master_key_fil
                                             std::to_string(size) + " bytes");
 }
 
+KeyRing::~KeyRing() = default;
+
 std::array<uint8_t, 16> KeyRing::CheckOf(const std::array<uint8_t, 16>& uuid) const {
   return FirstHalf(HmacSha256(secrets_->master, Label(uuid, "check")));
 }

@@ -26,6 +26,7 @@ class CA_API KeyRing {
   // Reads the master key: 32 bytes, or 64 hexadecimal digits. kIo with the errno text or what the
   // file's mode, owner or kind allows others; kInvalidArgument: not a key.
   static Result<std::unique_ptr<KeyRing>> Open(const std::string& master_key_file);
+  ~KeyRing();
   KeyRing(const KeyRing&) = delete;
   KeyRing& operator=(const KeyRing&) = delete;
 

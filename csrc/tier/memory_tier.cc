@@ -62,6 +62,8 @@ MemoryTier::MemoryTier(void* mapping, uint64_t mapping_bytes, const KvLayout& la
       slots_(num_slots, poison ? [this](SlotId id, bool taken) { OnSlot(id, taken); }
                                : std::function<void(SlotId, bool)>()) {}
 
+void MemoryTier::LeaveOutOfDumps() { (void)madvise(mapping_, mapping_bytes_, MADV_DONTDUMP); }
+
 MemoryTier::~MemoryTier() { munmap(mapping_, mapping_bytes_); }
 
 // Poisons a place that comes back, and one that is taken for the first time: memory comes from the

@@ -1,6 +1,7 @@
 // MemoryTier: one slab of memory cut into equal slots, for DRAM and for the emulated device pool.
 #pragma once
 
+#include <cstring>
 #include <memory>
 #include <span>
 #include <vector>
@@ -29,6 +30,10 @@ class MemoryTier {
   // Where a slot begins (its header page in DRAM), and where its first layer slice does.
   std::byte* slot(SlotId id) const { return base_ + id * slot_bytes_; }
   std::byte* payload(SlotId id) const { return slot(id) + header_bytes_; }
+
+  // Core dumps are made without this memory, where the system allows that.
+  void LeaveOutOfDumps();
+  void Wipe(SlotId id) { std::memset(slot(id), 0, slot_bytes_); }
 
   uint64_t slot_bytes() const { return slot_bytes_; }
   uint64_t capacity_bytes() const { return slots_.capacity() * slot_bytes_; }

@@ -150,6 +150,10 @@ Status SsdFile::Create(uint32_t num_slots) {
   superblock_.dtype = static_cast<uint32_t>(layout.dtype);
   superblock_.num_slots = num_slots;
   superblock_.slot_bytes = layout.host_slot_bytes();
+  if (options_.keys != nullptr) {
+    superblock_.cipher = kAes256Gcm;
+    superblock_.key_check = options_.keys->CheckOf(superblock_.uuid);
+  }
   const size_t length = std::min(options_.model_name.size(), superblock_.model_name.size() - 1);
   std::memcpy(superblock_.model_name.data(), options_.model_name.data(), length);
   // Both copies exist before the file grows, so that a crash leaves a store or an empty file.
@@ -188,7 +192,29 @@ Status SsdFile::CheckMatch() const {
     return differ("the identity (weights, RoPE, KV format)", identity.Hex().substr(0, 16),
                   options_.identity.Hex().substr(0, 16));
   }
-  return Status();
+  return CheckKey();
+}
+
+Status SsdFile::CheckKey() const {
+  const std::string begin = "the store " + file_->path();
+  const uint32_t cipher = superblock_.cipher;
+  if (cipher > kAes256Gcm) {
+    return Status(Code::kMismatch, begin + ": cipher is " + std::to_string(cipher) +
+                                       ", which this build does not know");
+  }
+  if (options_.keys == nullptr) {
+    if (cipher == kNoCipher || options_.read_only) return Status();  // headers are plain
+    return Status(Code::kMismatch,
+                  begin + " is encrypted (cipher is AES-256-GCM): its master key is needed");
+  }
+  if (cipher == kNoCipher) {
+    return Status(Code::kMismatch, begin +
+                                       " is not encrypted (cipher is none), and a master key "
+                                       "is given; use another path");
+  }
+  if (options_.keys->CheckOf(superblock_.uuid) == superblock_.key_check) return Status();
+  return Status(Code::kMismatch,
+                begin + " was encrypted under another master key: key_check differs");
 }
 
 // Brings the file to `num_slots` slots; marks the store as not cleanly closed.
@@ -303,8 +329,28 @@ Result<SsdInfo> ReadSsdInfo(const std::string& directory) {
   info.uuid = superblock.uuid;
   info.num_slots = opened.num_slots();
   info.clean = superblock.clean != 0;
+  info.encrypted = superblock.cipher != kNoCipher;
   info.counters = CountersOf(superblock);
   return info;
+}
+
+Result<bool> EraseTenant(const std::string& directory, const std::string& master_key_file,
+                         std::string_view name) {
+  auto ring = KeyRing::Open(master_key_file);
+  if (!ring.ok()) return ring.status();
+  if (auto info = ReadSsdInfo(directory); !info.ok()) return info.status();
+  // For its lock: who has the store open would go on with the key.
+  auto file = OpenStoreFile(directory, false);
+  if (!file.ok()) return file.status();
+  SsdOptions options;
+  options.keys = std::move(ring.value());
+  SsdFile opened(options);
+  Status status = opened.OpenReadOnly(std::move(file.value()));
+  if (status.ok()) status = opened.CheckKey();
+  const Uuid& uuid = opened.superblock().uuid;
+  if (status.ok()) status = options.keys->Bind(directory, uuid, options.io_deadline_us);
+  if (!status.ok()) return status;
+  return options.keys->Erase(options.keys->IdOf(name));
 }
 
 }  // namespace cachedattn

@@ -23,7 +23,8 @@ class SsdFile {
   // Reads the superblock of a store of any model; writes nothing.
   Status OpenReadOnly(std::unique_ptr<BlockFile> file);
   Status CheckMatch() const;
-  Status ReadIndex();  // where there is one
+  Status CheckKey() const;  // the part of it that is about encryption
+  Status ReadIndex();       // where there is one
 
   IoEngine& engine() { return *engine_; }
   const BlockFile& file() const { return *file_; }

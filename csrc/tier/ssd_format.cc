@@ -105,6 +105,19 @@ void SealBlock(const Uuid& uuid, const KvLayout& layout, SlotId slot, const Bloc
   std::memcpy(host_slot, &page, sizeof(page));
 }
 
+std::optional<uint32_t> FirstBadLayer(const Uuid& uuid, const KvLayout& layout,
+                                      const BlockPage& page, uint32_t first_layer,
+                                      uint32_t num_layers, const std::byte* host_slot) {
+  for (uint32_t layer = first_layer; layer < first_layer + num_layers; ++layer) {
+    const std::byte* slice = host_slot + layout.host_slice_offset(layer);
+    const BlockKey key{page.key};
+    if (SliceSum(uuid, key, layer, {slice, layout.slice_bytes()}) != page.seals[layer]) {
+      return layer;
+    }
+  }
+  return std::nullopt;
+}
+
 Status CheckBlockPage(const Uuid& uuid, const KvLayout& layout, SlotId slot,
                       const BlockPage& page) {
   const char* reason = nullptr;

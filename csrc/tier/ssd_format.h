@@ -8,6 +8,7 @@
 
 #include <array>
 #include <cstddef>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -23,6 +24,9 @@ constexpr std::array<char, 8> kBlockMagic = {'C', 'A', 'T', 'T', 'N', 'B', 'L', 
 
 using Uuid = std::array<uint8_t, 16>;
 
+constexpr uint32_t kNoCipher = 0;
+constexpr uint32_t kAes256Gcm = 1;
+
 // Magic, version and checksum keep their places in every later version of the format.
 struct Superblock {
   std::array<char, 8> magic = kSuperblockMagic;
@@ -37,7 +41,7 @@ struct Superblock {
   uint64_t turns = 0, tokens_requested = 0;
   std::array<uint64_t, kNumTiers> tokens_from{};  // device, DRAM, SSD
   std::array<char, 256> model_name{};             // cut to 255 bytes, ends with 0
-  uint32_t cipher = 0;                            // 0: none
+  uint32_t cipher = kNoCipher;
   uint32_t zero = 0;
   std::array<uint8_t, 16> key_check{};  // names the master key; zero without cipher
   std::array<uint8_t, 3664> rest{};     // 0
@@ -120,6 +124,11 @@ void Seal(const Uuid& uuid, BlockPage* page);
 // Writes the header page at the front of `host_slot`, the sums of its payload included.
 void SealBlock(const Uuid& uuid, const KvLayout& layout, SlotId slot, const BlockHeader& header,
                std::byte* host_slot);
+
+// The first of these layers in `host_slot` whose sum is not that of the header `page`.
+std::optional<uint32_t> FirstBadLayer(const Uuid& uuid, const KvLayout& layout,
+                                      const BlockPage& page, uint32_t first_layer,
+                                      uint32_t num_layers, const std::byte* host_slot);
 
 // kCorrupt, with the reason, unless `page` is the whole header page of slot `slot` of this store
 // and layout.

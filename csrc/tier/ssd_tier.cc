@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "csrc/io/direct_file.h"
+#include "csrc/tier/block_cipher.h"
 #include "csrc/tier/ssd_file.h"
 #include "csrc/tier/ssd_scan.h"
 
@@ -16,11 +17,13 @@ constexpr uint8_t kMaxTries = 16;  // of an operation that EAGAIN or EINTR sends
 
 class SsdTierImpl : public SsdTier {
  public:
-  SsdTierImpl(const SsdOptions& options, std::unique_ptr<SsdFile> file)
+  SsdTierImpl(const SsdOptions& options, std::unique_ptr<SsdFile> file,
+              std::unique_ptr<BlockCipher> cipher)
       : options_(options),
         layout_(options_.layout),
         deadline_us_(options.io_deadline_us),
         clock_(*options.clock),
+        cipher_(std::move(cipher)),
         file_(std::move(file)),
         engine_(file_->engine()),
         ops_(engine_.depth()) {
@@ -54,6 +57,7 @@ class SsdTierImpl : public SsdTier {
     return file_->Sync(counters, blocks);
   }
 
+  KeyRing* keys() const override { return options_.keys.get(); }
   StoreCounters counters() const override { return CountersOf(file_->superblock()); }
   uint64_t bytes_read() const override { return bytes_read_; }
   uint64_t bytes_written() const override { return bytes_written_; }
@@ -101,8 +105,9 @@ class SsdTierImpl : public SsdTier {
   const KvLayout& layout_;
   const int64_t deadline_us_;
   const Clock& clock_;
-  AlignedBytes probe_pages_;  // what is written, then what is read back
-  std::unique_ptr<SsdFile> file_;
+  AlignedBytes probe_pages_;             // what is written, then what is read back
+  std::unique_ptr<BlockCipher> cipher_;  // nullptr: not encrypted, or read without the key
+  std::unique_ptr<SsdFile> file_;        // its engine is gone before the pages above
   IoEngine& engine_;
   std::string why_;
   std::vector<Op> ops_;
@@ -147,7 +152,8 @@ void SsdTierImpl::StartWrite(SlotId slot, const BlockHeader& header, std::byte* 
                              uint64_t tag) {
   CA_CHECK(!options_.read_only && slot < num_slots());
   CA_CHECK(header.num_tokens >= 1 && header.num_tokens <= layout_.block_size);
-  SealBlock(uuid(), layout_, slot, header, host_slot);
+  if (!cipher_) SealBlock(uuid(), layout_, slot, header, host_slot);
+  if (cipher_) host_slot = cipher_->Begin(free_ops_.back(), slot, header, host_slot);
   Op op;
   op.kind = IoOp::kWrite;
   op.slot = slot;
@@ -304,18 +310,18 @@ Status SsdTierImpl::CheckHeader(const Op& op) const {
   return Status(Code::kCorrupt, Where(op) + ": the slot holds another block");
 }
 
+// What it reads is proven, and plain, when this says ok.
 Status SsdTierImpl::CheckPiece(const Op& op) const {
-  const auto& page = *reinterpret_cast<const BlockPage*>(op.host_slot);
-  for (uint32_t i = 0; i < op.num_layers; ++i) {
-    const uint32_t layer = op.first_layer + i;
-    const std::byte* slice = op.host_slot + layout_.host_slice_offset(layer);
-    if (SliceSum(uuid(), op.header.key, layer, {slice, layout_.slice_bytes()}) !=
-        page.seals[layer]) {
-      return Status(Code::kCorrupt, Where(op) + ": the checksum of layer " + std::to_string(layer) +
-                                        " does not match");
-    }
+  if (cipher_ == nullptr && file_->superblock().cipher != kNoCipher) {
+    return Status(Code::kMismatch, Where(op) + ": it is encrypted, and there is no master key");
   }
-  return Status();
+  const auto& page = *reinterpret_cast<const BlockPage*>(op.host_slot);
+  const auto bad =
+      cipher_ ? cipher_->Decrypt(page, op.first_layer, op.num_layers, op.host_slot)
+              : FirstBadLayer(uuid(), layout_, page, op.first_layer, op.num_layers, op.host_slot);
+  if (!bad) return Status();
+  return Status(Code::kCorrupt, Where(op) + (cipher_ ? ": the tag" : ": the checksum") +
+                                    " of layer " + std::to_string(*bad) + " does not match");
 }
 
 bool SsdTierImpl::HeaderInFlight(const std::byte* host_slot) const {
@@ -329,6 +335,7 @@ void SsdTierImpl::Finish(uint32_t index, Status status, std::vector<SsdCompletio
   const Op op = ops_[index];
   ops_[index].state = Op::kFree;
   free_ops_.push_back(index);
+  if (cipher_ != nullptr) cipher_->End(index);
   num_late_ -= op.late;
   const bool ok = status.ok();
   out->push_back({op.tag, std::move(status)});
@@ -376,7 +383,10 @@ Result<std::unique_ptr<SsdTier>> SsdTier::OpenOn(const SsdOptions& options,
     status = opened->Open(std::move(file));
   }
   if (!status.ok()) return status;
-  return std::unique_ptr<SsdTier>(std::make_unique<SsdTierImpl>(options, std::move(opened)));
+  auto cipher = BlockCipher::Open(options, opened->superblock().uuid, opened->engine().depth());
+  if (!cipher.ok()) return cipher.status();
+  return std::unique_ptr<SsdTier>(
+      std::make_unique<SsdTierImpl>(options, std::move(opened), std::move(cipher.value())));
 }
 
 Result<std::unique_ptr<SsdTier>> SsdTier::Open(const SsdOptions& options) {

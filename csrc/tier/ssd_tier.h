@@ -20,6 +20,7 @@
 #include "csrc/base/kv_layout.h"
 #include "csrc/base/status.h"
 #include "csrc/io/block_file.h"
+#include "csrc/tier/key_ring.h"
 
 namespace cachedattn {
 
@@ -33,6 +34,8 @@ struct SsdOptions {
   int64_t io_deadline_us = 2'000'000;  // of one read or write
   const Clock* clock = &SystemClock();
   bool read_only = false;  // inspect and check: no lock kept, nothing written
+  // Of an encrypted store; it serves one tier. Reading headers alone does without.
+  std::shared_ptr<KeyRing> keys = nullptr;
 
   Status Validate() const;  // kInvalidArgument
 };
@@ -90,6 +93,7 @@ struct SsdInfo {
   std::array<uint8_t, 16> uuid{};
   uint32_t num_slots = 0;
   bool clean = false;  // the last process that could write ended with Sync
+  bool encrypted = false;
   StoreCounters counters;
 };
 
@@ -97,12 +101,17 @@ struct SsdInfo {
 // version) or kCorrupt as for SsdTier::Open. Takes no lock and writes nothing.
 CA_API Result<SsdInfo> ReadSsdInfo(const std::string& directory);
 
+// Drops the key of the tenant `name` of the encrypted store in `directory`, which nobody may have
+// open. False: there is none. Errors are those of KeyRing::Open, SsdTier::Open and KeyRing::Erase.
+CA_API Result<bool> EraseTenant(const std::string& directory, const std::string& master_key_file,
+                                std::string_view name);
+
 class CA_API SsdTier {
  public:
   // Creates or opens the file. kMismatch names the field in which an existing store differs;
   // kBusy if another process has it open; kIo with errno text for path, space and permission.
   static Result<std::unique_ptr<SsdTier>> Open(const SsdOptions& options);
-  // The same on a file that is open already; `options.directory` is not looked at.
+  // The same on a file that is open already; in `options.directory` are only the tenants' keys.
   static Result<std::unique_ptr<SsdTier>> OpenOn(const SsdOptions& options,
                                                  std::unique_ptr<BlockFile> file);
   virtual ~SsdTier() = default;  // waits for what is in flight
@@ -151,6 +160,7 @@ class CA_API SsdTier {
   // not answer. REQUIRES: nothing in flight, not read_only.
   virtual Status Sync(const StoreCounters& counters, std::span<const ScannedBlock> blocks) = 0;
 
+  virtual KeyRing* keys() const = 0;           // nullptr: not encrypted
   virtual StoreCounters counters() const = 0;  // as the last clean close left them
   virtual uint64_t bytes_read() const = 0;
   virtual uint64_t bytes_written() const = 0;

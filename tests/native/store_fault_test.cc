@@ -10,10 +10,19 @@
 namespace cachedattn {
 namespace {
 
-class StoreFaultTest : public ::testing::TestWithParam<bool> {
+struct World {
+  bool device;
+  bool encrypt;
+};
+
+class StoreFaultTest : public ::testing::TestWithParam<World> {
  protected:
   std::unique_ptr<AttentionStore> Open(uint32_t dram = 16, uint32_t ssd = 16) {
-    const StoreOptions options = TinyOptions({dram, ssd, GetParam() ? 20u : 0u}, dir_ / "kv");
+    StoreOptions options = TinyOptions({dram, ssd, GetParam().device ? 20u : 0u}, dir_ / "kv");
+    if (GetParam().encrypt) {
+      WriteMasterKey(dir_ / "key");
+      options.master_key_file = dir_ / "key";
+    }
     SsdOptions ssd_options = SsdOptionsOf(options);
     ssd_options.io.wrap = plan_.Wrap();
     auto tier = SsdTier::Open(ssd_options);
@@ -59,8 +68,10 @@ class StoreFaultTest : public ::testing::TestWithParam<bool> {
   TempDir dir_;
   FaultPlan plan_;
 };
-INSTANTIATE_TEST_SUITE_P(Cpu, StoreFaultTest, ::testing::Values(false));
-INSTANTIATE_TEST_SUITE_P(Device, StoreFaultTest, ::testing::Values(true));
+INSTANTIATE_TEST_SUITE_P(Cpu, StoreFaultTest, ::testing::Values(World{false, false}));
+INSTANTIATE_TEST_SUITE_P(Device, StoreFaultTest, ::testing::Values(World{true, false}));
+INSTANTIATE_TEST_SUITE_P(Encrypted, StoreFaultTest,
+                         ::testing::Values(World{false, true}, World{true, true}));
 
 TEST_P(StoreFaultTest, ACorruptBlockEndsTheHistoryBeforeIt) {
   ASSERT_TRUE(OpenOnSsd()->Close().ok());
@@ -210,7 +221,7 @@ TEST_P(StoreFaultTest, ALayerComputesWhileTheNextIsBeingRead) {
 }
 
 TEST_P(StoreFaultTest, SavesLeaveWhileLaterLayersCompute) {
-  if (!GetParam()) GTEST_SKIP() << "on the CPU a block is saved in place";
+  if (!GetParam().device) GTEST_SKIP() << "on the CPU a block is saved in place";
   const auto store = Open();
   store->EnableTrace(true);
   Turn turn(store.get(), MakeTokens(2 * kBlock, 1));

@@ -17,6 +17,7 @@ struct World {
   Sizes sizes;
   Truncation truncation;
   bool faults;
+  bool encrypt = false;
 };
 
 class StoreRandomTest : public ::testing::TestWithParam<World> {
@@ -28,6 +29,10 @@ class StoreRandomTest : public ::testing::TestWithParam<World> {
     options.policy = GetParam().policy;
     options.dram_reserve = 0.1;
     if (GetParam().faults) options.clock = &clock_;
+    if (GetParam().encrypt) {
+      WriteMasterKey(dir_ / "key");
+      options.master_key_file = dir_ / "key";
+    }
     std::unique_ptr<SsdTier> ssd;
     if (options.ssd_bytes != 0) {
       SsdOptions ssd_options = SsdOptionsOf(options);
@@ -139,7 +144,9 @@ INSTANTIATE_TEST_SUITE_P(
                       World{4, PolicyKind::kLookahead, {24, 40, 0}, {6 * kBlock, 0.5, 4}, false},
                       World{5, PolicyKind::kFifo, {20, 30, 24}, {5 * kBlock, 0.5, 0}, false},
                       World{6, PolicyKind::kLookahead, {16, 60, 0}, {}, true},
-                      World{7, PolicyKind::kLru, {14, 60, 16}, {}, true}));
+                      World{7, PolicyKind::kLru, {14, 60, 16}, {}, true},
+                      World{8, PolicyKind::kLookahead, {20, 40, 24}, {}, false, true},
+                      World{9, PolicyKind::kLookahead, {16, 60, 0}, {}, true, true}));
 
 TEST_P(StoreRandomTest, WhatIsFoundIsRight) {
   Open();

@@ -14,6 +14,7 @@
 #include "csrc/store/attention_store.h"
 #include "csrc/store/open_store.h"
 #include "csrc/tier/ssd_format.h"
+#include "tests/native/testing/master_key.h"
 #include "tests/native/testing/player.h"
 
 namespace cachedattn {
@@ -58,6 +59,7 @@ inline SsdOptions SsdOptionsOf(const StoreOptions& options) {
   ssd.io.depth = options.io_depth;
   ssd.io_deadline_us = options.io_deadline_us;
   ssd.clock = options.clock;
+  if (!options.master_key_file.empty()) ssd.keys = MustLoad(options.master_key_file);
   return ssd;
 }
 
