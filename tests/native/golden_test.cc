@@ -2,8 +2,8 @@
 // written again byte for byte; others are refused.
 //   vN_new.gz   an empty store, as it is made (its uuid is random, and all sums depend on it)
 //   vN.gz       the same one after `WriteAll`
-// golden_test --make writes those of this format: only together with a new kSsdVersion, or before
-// a format's first release.
+// golden_test --make writes those of this format: only together with a new kSsdVersion, before a
+// format's first release, or when the KV of testing/player.h, which is in them, has changed.
 #include <filesystem>
 #include <iterator>
 
