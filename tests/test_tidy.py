@@ -41,6 +41,10 @@ OUTSIDE = {
     r"pybind11/|Python\.h": ("csrc/python/",),
     r"cuda|cu\w+\.h": ("csrc/copy/cuda_", "csrc/kernels/cuda/"),
 }
+# What turns data into code, by module or by function. Models come as safetensors or GGUF.
+UNSAFE_MODULES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "np.load", "numpy.load"}
+UNSAFE_CALLS |= {"yaml.load", "yaml.unsafe_load", "yaml.full_load"}
 # Each with what to write instead. No pattern matches itself, so that this file passes its rule.
 BANNED = {
     r"\bTOD[O]\b|\bFIXM[E]\b|\bXX[X]\b": "finish it, or open an issue",
@@ -188,6 +192,24 @@ def check_listed(tree: Tree) -> Iterator[str]:
             yield f"{file} has tests but pytest does not collect it"
 
 
+def check_unsafe_loading(tree: Tree) -> Iterator[str]:
+    """Nothing in the package can run code that a file holds."""
+    for file in tree.having(".py"):
+        for node in ast.walk(ast.parse(tree.text(file))) if file.startswith("cachedattn/") else ():
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}", *(f"{node.module}.{name.name}" for name in node.names)]
+            elif isinstance(node, ast.Call):
+                names = [f"{ast.unparse(node.func)}()"]
+            for name in names:
+                unsafe = name.removesuffix("()") in UNSAFE_CALLS
+                if unsafe or name.split(".")[0] in UNSAFE_MODULES:
+                    yield f"{file}:{node.lineno}: {name} can run code from a file"
+                    break
+
+
 def check_guards(tree: Tree) -> Iterator[str]:
     for file in tree.having(".h", ".cuh"):
         if "#pragma once" not in tree.text(file):
@@ -252,6 +274,15 @@ RULES: dict[Callable[[Tree], Iterator[str]], list[tuple[str, str, str]]] = {
     check_listed: [
         ("csrc/base/a.cc", "", "csrc/base/a.cc is in no CMakeLists.txt"),
         ("tests/extra.py", "def test_x(): ...\n", "pytest does not collect"),
+    ],
+    check_unsafe_loading: [
+        ("cachedattn/a.py", "import pickle\n", "a.py:1: pickle"),
+        ("cachedattn/a.py", "import os, joblib.memory\n", "a.py:1: joblib.memory"),
+        ("cachedattn/a.py", "from pickle import loads\n", "a.py:1: pickle"),
+        ("cachedattn/a.py", "from torch import load\n", "a.py:1: torch.load"),
+        ("cachedattn/a.py", "\nx = torch.load('x', weights_only=True)\n", "a.py:2: torch.load()"),
+        ("cachedattn/a.py", "def f(x):\n    return eval(x)\n", "a.py:2: eval()"),
+        ("cachedattn/a.py", "x = yaml.load(open('x'))\n", "a.py:1: yaml.load()"),
     ],
     check_guards: [("csrc/base/a.h", "int F();\n", "no #pragma once")],
     check_cpp_format: [("csrc/base/a.cc", "int  F( ) ;\n", "clang-format")],
