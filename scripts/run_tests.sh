@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs groups of tests (native, python, sanitize), all of them even after a failure, and prints
-# a summary. Exit status 1 when a step failed.
+# Runs groups of tests (native, python, sanitize, fuzz), all of them even after a failure, and
+# prints a summary. Exit status 1 when a step failed. FUZZ_SECONDS: for each fuzz target (60).
 set -uo pipefail
 cd "$(dirname "$0")/.."
 summary=()
@@ -23,6 +23,35 @@ native_tests() {
     $run ctest --test-dir "$build" --output-on-failure --no-tests=error --timeout 300 -j "$(nproc)"
 }
 
+# Builds the fuzz targets and runs as many at a time as there are cores, each on the inputs that
+# lie in tests/fuzz/corpus and on those that earlier runs have found.
+fuzz_tests() {
+  local compiler
+  compiler=$(scripts/fuzz_compiler.sh) || { echo "no clang with libFuzzer here"; return 1; }
+  cmake -S . -B build/fuzz -GNinja -DCACHEDATTN_PYTHON=OFF -DCACHEDATTN_FUZZ=ON \
+    -DCMAKE_CXX_COMPILER="$compiler" >/dev/null && cmake --build build/fuzz || return 1
+  export -f fuzz_target
+  printf '%s\n' build/fuzz/tests/fuzz/fuzz_* | xargs -P "$(nproc)" -I{} \
+    bash -c 'fuzz_target "$@"' - {} "${FUZZ_SECONDS:-60}"
+}
+
+# fuzz_target PROGRAM SECONDS: one line on success, else the log, and how to repeat it.
+fuzz_target() {
+  local name=${1##*/fuzz_}
+  local log=build/fuzz/$name.log found=build/fuzz/corpus/$name
+  local inputs=tests/fuzz/corpus/${name%_trusting}
+  mkdir -p "$found"
+  if "$1" "$found" "$inputs" -max_total_time="$2" -timeout=5 -malloc_limit_mb=8 -rss_limit_mb=1024 \
+    -print_final_stats=1 -artifact_prefix=build/fuzz/ >"$log" 2>&1; then
+    awk -v name="$name" '/number_of_executed_units/ { runs = $2 } /DONE/ { cov = $4 }
+      END { printf "%-22s executions=%d coverage=%d\n", name, runs, cov; exit runs == 0 }' "$log"
+  else
+    tail -n 60 "$log"
+    echo "$name failed; to repeat it: $1 $(sed -n 's/.*Test unit written to //p' "$log")"
+    return 1
+  fi
+}
+
 # TSan of older compilers needs a fixed address space layout.
 fixed_layout() { setarch "$(uname -m)" -R true 2>/dev/null && echo setarch "$(uname -m)" -R; }
 
@@ -43,6 +72,7 @@ for group in "$@"; do
       step "native tests, TSan" native_tests tsan -DCACHEDATTN_SANITIZE=thread
       run=
       ;;
+    fuzz) step "fuzz targets" fuzz_tests ;;
     *) echo "unknown group: $group" >&2; exit 2 ;;
   esac
 done

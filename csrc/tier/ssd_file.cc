@@ -73,7 +73,7 @@ Status SsdFile::Open(std::unique_ptr<BlockFile> file) {
   Result<std::unique_ptr<IoEngine>> engine = file_->OpenEngine(options_.io);
   if (!engine.ok()) return engine.status();
   engine_ = std::move(engine.value());
-  pages_ = AllocatePages(kBufferPages * kPage);
+  pages_ = AllocatePages(num_pages() * kPage);
   status = Create(num_slots);
   if (status.ok()) status = Resize(num_slots);
   // Else the next try would find half a file.
@@ -86,7 +86,7 @@ Status SsdFile::OpenReadOnly(std::unique_ptr<BlockFile> file) {
   Result<std::unique_ptr<IoEngine>> engine = file_->OpenEngine(options_.io);
   if (!engine.ok()) return engine.status();
   engine_ = std::move(engine.value());
-  pages_ = AllocatePages(kBufferPages * kPage);
+  pages_ = AllocatePages(num_pages() * kPage);
   return Load();
 }
 
@@ -225,9 +225,9 @@ Status SsdFile::Resize(uint32_t num_slots) {
   // Where slots will lie now, an index or half a slot may lie.
   uint64_t begin = IndexOffset(layout, num_slots_);
   const uint64_t end = std::min(AlignUp(old_bytes, kPage), IndexOffset(layout, num_slots));
-  std::memset(pages_.get(), 0, kBufferPages * kPage);
+  std::memset(pages_.get(), 0, num_pages() * kPage);
   for (uint64_t size; status.ok() && begin < end; begin += size) {
-    size = std::min(end - begin, kBufferPages * kPage);
+    size = std::min(end - begin, num_pages() * kPage);
     status = Move(IoOp::kWrite, begin, pages_.get(), static_cast<uint32_t>(size));
   }
   if (!status.ok()) return status;
@@ -251,15 +251,15 @@ Status SsdFile::WriteSuperblock() {
 // A page that does not match is not an error: the headers of the slots say it all.
 Status SsdFile::ReadIndex() {
   const KvLayout layout = LayoutOf(superblock_);
-  const uint64_t num_pages = NumIndexPages(superblock_.num_slots);
+  const uint64_t index_pages = NumIndexPages(superblock_.num_slots);
   // With one copy alone nobody knows whether the other one was newer, and not clean.
   if (num_copies_ < 2 || superblock_.clean == 0 || num_slots_ != superblock_.num_slots ||
       file_->size() < SsdFileBytes(layout, superblock_.num_slots)) {
     return Status();
   }
   std::vector<ScannedBlock> blocks;
-  for (uint64_t first = 0; first < num_pages; first += kBufferPages) {
-    const uint64_t count = std::min(kBufferPages, num_pages - first);
+  for (uint64_t first = 0; first < index_pages; first += num_pages()) {
+    const uint64_t count = std::min(num_pages(), index_pages - first);
     Status status = Move(IoOp::kRead, IndexOffset(layout, num_slots_) + first * kPage, pages_.get(),
                          static_cast<uint32_t>(count * kPage));
     if (!status.ok()) return hung_ ? status : Status();
@@ -282,9 +282,9 @@ Status SsdFile::ReadIndex() {
 Status SsdFile::WriteIndex(std::span<const ScannedBlock> blocks, uint64_t generation) {
   std::vector<const BlockHeader*> by_slot(num_slots_, nullptr);
   for (const ScannedBlock& block : blocks) by_slot[block.slot] = &block.header;
-  const uint64_t num_pages = NumIndexPages(num_slots_);
-  for (uint64_t first = 0; first < num_pages; first += kBufferPages) {
-    const uint64_t count = std::min(kBufferPages, num_pages - first);
+  const uint64_t index_pages = NumIndexPages(num_slots_);
+  for (uint64_t first = 0; first < index_pages; first += num_pages()) {
+    const uint64_t count = std::min(num_pages(), index_pages - first);
     auto* pages = reinterpret_cast<IndexPage*>(pages_.get());
     for (uint64_t i = 0; i < count; ++i) {
       pages[i] = IndexPage();

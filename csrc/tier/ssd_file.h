@@ -4,6 +4,7 @@
 // the pages are still the disk's: they belong to this object, which must outlive the engine.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -34,9 +35,10 @@ class SsdFile {
   // What the last clean close recorded. Empty after a crash, and where the index is damaged.
   const std::optional<std::vector<ScannedBlock>>& index() const { return index_; }
 
-  // kBufferPages pages for the disk to use, while nothing else of this object waits for it.
-  static constexpr uint64_t kBufferPages = 64;
+  // Pages for the disk to use, while nothing else of this object waits for it: as many as can be
+  // read at a time.
   std::byte* pages() { return pages_.get(); }
+  uint64_t num_pages() const { return std::clamp<uint64_t>(engine_->depth(), 2, 64); }
 
   // As SsdTier::Sync.
   Status Sync(const StoreCounters& counters, std::span<const ScannedBlock> blocks);

@@ -26,8 +26,8 @@ class HeaderScan {
 
   Result<std::vector<ScannedBlock>> Run(const ScanProgress& progress) {
     const uint32_t num_slots = file_.num_slots();
-    const auto depth = static_cast<uint32_t>(
-        std::min<uint64_t>({engine_.depth(), SsdFile::kBufferPages, num_slots}));
+    const auto depth =
+        static_cast<uint32_t>(std::min<uint64_t>({engine_.depth(), file_.num_pages(), num_slots}));
     slot_of_.resize(depth);
     SlotId next = 0;
     for (; next < depth; ++next) Start(next, next);

@@ -198,6 +198,7 @@ TEST_F(SsdDamageTest, HostileSuperblocksAreRefused) {
   refuse([](Superblock* s) { s->num_layers = 100'000; });
   refuse([](Superblock* s) { s->head_dim = UINT32_MAX; });
   refuse([](Superblock* s) { s->dtype = 77; });
+  refuse([](Superblock* s) { s->dtype = 256 + static_cast<uint32_t>(DType::kBFloat16); });
   refuse([](Superblock* s) { s->slot_bytes = 0; });
   refuse([](Superblock* s) { s->slot_bytes *= 2; });
   // More slots than the file has room for: only those that are there count.

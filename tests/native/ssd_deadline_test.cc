@@ -180,6 +180,25 @@ TEST_F(SsdDeadlineTest, ACleanCloseLeavesAnIndex) {
   EXPECT_GT(ReadRaw<Superblock>(BlocksFile(options_.directory), 0).generation, generation);
 }
 
+// A page of the index that a crash, or a lost write, left as an earlier close wrote it.
+TEST_F(SsdDeadlineTest, AnEarlierIndexIsNotUsed) {
+  const uint64_t index = IndexOffset(SmallLayout(), 8);
+  const std::string file = BlocksFile(options_.directory);
+  ASSERT_TRUE(WriteBlock(tier_.get(), 3, 3).ok());
+  ASSERT_TRUE(tier_->Sync({}, std::vector<ScannedBlock>{{3, HeaderOfBlock(3)}}).ok());
+  const auto earlier = ReadRaw<IndexPage>(file, index);
+  tier_.reset();
+  tier_ = MustOpen(options_);
+  ASSERT_TRUE(WriteBlock(tier_.get(), 3, 4, 2).ok());
+  ASSERT_TRUE(tier_->Sync({}, std::vector<ScannedBlock>{{3, HeaderOfBlock(4, 2)}}).ok());
+  WriteRaw(file, index, earlier);
+  tier_.reset();
+  tier_ = MustOpen(options_);
+  EXPECT_EQ(tier_->index(), nullptr);
+  ASSERT_EQ(tier_->Scan({}).value().size(), 1u);
+  EXPECT_TRUE(tier_->Scan({}).value()[0].header == HeaderOfBlock(4, 2));
+}
+
 TEST_F(SsdDeadlineTest, ADamagedIndexIsNotUsed) {
   ASSERT_TRUE(WriteBlock(tier_.get(), 3, 3).ok());
   const std::string file = BlocksFile(options_.directory);
