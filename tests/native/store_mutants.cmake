@@ -1,0 +1,96 @@
+# Bugs in the store, its tiers and its I/O (see mutants.cmake).
+
+# store_mutant(NAME FILE TEST FILTER OLD NEW): FILE lies in csrc.
+function(store_mutant name file test filter old new)
+  get_filename_component(folder csrc/${file} DIRECTORY)
+  get_filename_component(source ${file} NAME)
+  ca_mutant(${name} ${folder} ${source} ${source} ${test}
+    "--gtest_filter=${filter};--gtest_fail_fast" "${old}" "${new}")
+  if(mutant)
+    target_link_libraries(${mutant} PRIVATE ca_core GTest::gtest_main
+      Liburing::Liburing XxHash::XxHash CryptoStatic::CryptoStatic)
+  endif()
+endfunction()
+
+# ---- sums ----
+
+store_mutant(no_payload_sum tier/ssd_tier.cc ssd_damage_test *AFlippedPayloadByteIsFound*
+  [=[        page.seals[layer]) {]=]
+  [=[        page.seals[layer] && op.num_layers == 0) {]=])
+store_mutant(sum_of_half tier/ssd_format.cc ssd_damage_test *AFlippedPayloadByteIsFound*
+  [=[slice.data(), slice.size(), seed)]=]
+  [=[slice.data(), slice.size() / 2, seed)]=])
+store_mutant(sum_without_key tier/ssd_format.cc ssd_damage_test *SumsDependOnStoreKeyAndLayer
+  [=[place = {uuid, key.bytes, layer};]=]
+  [=[place = {uuid, {}, layer + 0 * key.bytes[0]};]=])
+store_mutant(sum_without_layer tier/ssd_format.cc ssd_damage_test *SumsDependOnStoreKeyAndLayer
+  [=[place = {uuid, key.bytes, layer};]=]
+  [=[place = {uuid, key.bytes, 0 * layer};]=])
+store_mutant(sum_without_store tier/ssd_format.cc ssd_damage_test *SumsDependOnStoreKeyAndLayer
+  [=[place = {uuid, key.bytes, layer};]=]
+  [=[place = {{}, key.bytes, layer + 0 * uuid[0]};]=])
+store_mutant(no_header_sum tier/ssd_format.cc ssd_damage_test *AnyFlippedBitOfAHeaderIsFound
+  [=[!Same(page.checksum, PageSum(page, uuid))]=]
+  [=[!Same(page.checksum, page.checksum)]=])
+store_mutant(no_superblock_sum tier/ssd_format.cc ssd_damage_test *AnyFlippedBitOfASuperblock*
+  [=[Same(superblock.checksum, XXH3_]=]
+  [=[Same(superblock.checksum, superblock.checksum + 0 * XXH3_]=])
+
+# ---- headers, generations ----
+
+store_mutant(key_not_compared tier/ssd_tier.cc ssd_damage_test *SwappedAndOldSlotsAreFound
+  [=[if (HeaderOf(page) == op.header)]=]
+  [=[if (HeaderOf(page).num_tokens == op.header.num_tokens)]=])
+store_mutant(slot_not_compared tier/ssd_format.cc ssd_damage_test *
+  [=[} else if (page.slot != slot) {]=]
+  [=[} else if (page.slot != slot && page.depth == UINT32_MAX) {]=])
+store_mutant(generations_ignored tier/ssd_scan.cc ssd_tier_test *TheNewerOfTwoSlots*
+  [=[if (!added && block.header.generation > entry->second->header.generation) {]=]
+  [=[if (!added && block.header.generation == 0) {]=])
+store_mutant(older_superblock tier/ssd_file.cc ssd_damage_test *OneSuperblockCopyIsEnough
+  [=[copy->generation > best->generation]=]
+  [=[copy->generation < best->generation]=])
+store_mutant(stale_index tier/ssd_format.cc ssd_deadline_test *AnEarlierIndexIsNotUsed
+  [=[place = {uuid, generation, number};]=]
+  [=[place = {uuid, 0 * generation, number};]=])
+store_mutant(version_not_compared tier/ssd_file.cc ssd_open_test *RefusesAnotherFormatVersion
+  [=[if (copy->version != kSsdVersion) {]=]
+  [=[if (copy->version == 0) {]=])
+
+# ---- operations that fail, that end late ----
+
+store_mutant(short_is_full tier/ssd_tier.cc ssd_damage_test *AFileThatShrinksWhileOpenIsAResult
+  [=[if (result != static_cast<int64_t>(size)) {]=]
+  [=[if (result < 0) {]=])
+store_mutant(error_dropped tier/ssd_tier.cc ssd_tier_test *AWriteErrorIsAResult*
+  [=[Finish(index, ErrnoStatus(Where(op), -result), out);]=]
+  [=[Finish(index, Status(), out);]=])
+store_mutant(no_second_read tier/ssd_tier.cc ssd_tier_test *AReadErrorIsReadAgainOnce*
+  [=[op->reread || op->probe]=]
+  [=[op->num_layers > 0 || op->probe]=])
+store_mutant(failed_header_stays tier/ssd_tier.cc ssd_tier_test *WithoutAHeaderNoLayerIsVerified*
+  [=[if (!ok) std::memset(]=]
+  [=[if (!ok && op.late) std::memset(]=])
+store_mutant(overtakes_its_header tier/ssd_tier.cc ssd_tier_test *AGroupThatOvertakesTheHeader*
+  [=[} else if (!op.has_header() && HeaderInFlight(op.host_slot)) {]=]
+  [=[} else if (!op.has_header() && op.late && HeaderInFlight(op.host_slot)) {]=])
+store_mutant(late_buffer_given_back tier/ssd_tier.cc ssd_deadline_test *ALateReadFailsThenGives*
+  [=[out->push_back({op.tag, std::move(status), true});]=]
+  [=[out->push_back({op.tag, std::move(status), false});]=])
+store_mutant(late_is_retried tier/ssd_tier.cc ssd_deadline_test *AFailedReadIsNotRepeated*
+  [=[if (op->late || clock_.NowNs() >= op->deadline_ns) return false;]=] "")
+store_mutant(lock_not_taken io/block_file.cc ssd_open_test *ASecondOpenerIsTurnedAway
+  [=[::flock(lock_.get(), LOCK_EX | LOCK_NB) == 0]=]
+  [=[lock_.ok()]=])
+
+# ---- keys ----
+
+store_mutant(tenant_not_in_key base/block_key.cc chain_test *KeysTellCutsTokensAndTenantsApart
+  [=[.Text(kTagTenant, tenant);]=]
+  [=[.Text(kTagTenant, tenant.substr(0, 0));]=])
+store_mutant(cuts_not_in_key base/block_key.cc chain_test *KeysTellCutsTokensAndTenantsApart
+  [=[.Bytes(kTagCuts, AsBytes(cuts))]=]
+  [=[.Bytes(kTagCuts, AsBytes(cuts.first(0)))]=])
+store_mutant(parent_not_in_key base/block_key.cc block_key_test *EveryFieldCounts
+  [=[.Bytes(kTagParent, parent.bytes)]=]
+  [=[.Bytes(kTagParent, std::span(parent.bytes).first(0))]=])
