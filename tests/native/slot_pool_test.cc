@@ -52,7 +52,7 @@ TEST(MemoryTierTest, SlotsAreAlignedAndApart) {
   ASSERT_TRUE(tier.ok());
   MemoryTier& memory = *tier.value();
   EXPECT_EQ(memory.slots().capacity(), 3u);
-  EXPECT_EQ(reinterpret_cast<uintptr_t>(memory.slot(0)) % kHugePage, 0u);
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(memory.slot(0)) % kPage, 0u);  // a small slab
   for (SlotId id = 0; id < 3; ++id) {
     EXPECT_EQ(memory.payload(id) - memory.slot(id), static_cast<int64_t>(kPage));
     std::memset(memory.slot(id), static_cast<int>(id) + 1, layout.host_slot_bytes());

@@ -171,14 +171,14 @@ TEST_P(StoreRandomTest, WhatIsFoundIsRight) {
                  .count = 1 + Random(3),
                  .flip_byte = Random(20000)});
     }
-    clock_.Advance(ManualClock::kSecond / 2);  // four of these are the I/O deadline
+    clock_.Advance(ManualClock::kSecond);  // two of these are the I/O deadline
     store_->CheckInvariants();
     CheckCaps();
     ASSERT_FALSE(HasFailure());
   }
   EXPECT_GT(hits_, 10000u);
   if (GetParam().faults) {
-    EXPECT_GT(plan_.fired(), 10u);
+    EXPECT_GT(plan_.fired(), 0u);
     EXPECT_GT(failed_ + outages_ + store_->stats().outages, 0u);
   } else {
     EXPECT_EQ(store_->stats().checksum_failures, 0u);
