@@ -24,18 +24,17 @@ case. ratio_to_peer is the peer's time by ours: above 1 we are faster.
 import argparse
 import json
 import os
-import platform
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import host
 import torch
 from attention.cases import PHASES, SHAPES, Case, Inputs, all_cases, is_default, named
-from attention.ceilings import ROOT, CpuCeilings, GpuCeilings, cache_bytes
+from attention.ceilings import CpuCeilings, GpuCeilings, cache_bytes
 from attention.ggml import llama_cpp
 from attention.gpu_peers import on_gpu
 from attention.peers import (
@@ -155,22 +154,10 @@ def available_bytes(device: str) -> int:
     return int(found[1]) << 10 if found else sys.maxsize
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.check_output(
-            command, cwd=ROOT, text=True, stderr=subprocess.DEVNULL
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name(0)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
-    return f"{fields.get('model name', platform.processor())}, {os.cpu_count()} CPUs"
+    return host.cpu()
 
 
 def package(name: str) -> Path:
@@ -200,7 +187,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     args.peer = args.peer or list(PEERS)
     args.seconds = args.seconds or {"cpu": 3.0, "cuda": 1.0}[args.device]
-    args.commit = commit()
+    args.commit = host.commit()
     args.isa = ops.cpu_isa() if args.device == "cpu" else "cuda"
     return args
 

@@ -1,18 +1,14 @@
 """What the machine can do at best, measured in the same run, and the limit that follows."""
 
 import json
-import os
 import subprocess
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
+import host
 import torch
 
 from attention.cases import Case
-
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build" / "bench"
 
 
 @dataclass(frozen=True)
@@ -51,15 +47,7 @@ class CpuCeilings:
     """The program `ceilings` (bench/native/ceilings.cc), built first."""
 
     def __init__(self, threads: int, size: int) -> None:
-        env = {**os.environ, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
-        flags = ["-GNinja", "-DCACHEDATTN_PYTHON=OFF", "-DCACHEDATTN_BENCH=ON"]
-        commands = [["cmake", "--build", BUILD, "--target", "ceilings"]]
-        if not (BUILD / "build.ninja").exists():
-            commands.insert(0, ["cmake", "-S", ROOT, "-B", BUILD, *flags])
-        for command in commands:
-            subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
-        program = BUILD / "bench" / "native" / "ceilings"
-        command = [program, str(threads), str(max(size >> 20, 1))]
+        command = [host.built("ceilings"), str(threads), str(max(size >> 20, 1))]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -1,0 +1,1 @@
+"""The ways to move bytes that bench_transfer.py compares."""
