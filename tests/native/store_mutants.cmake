@@ -14,9 +14,9 @@ endfunction()
 
 # ---- sums ----
 
-store_mutant(no_payload_sum tier/ssd_tier.cc ssd_damage_test *AFlippedPayloadByteIsFound*
-  [=[        page.seals[layer]) {]=]
-  [=[        page.seals[layer] && op.num_layers == 0) {]=])
+store_mutant(no_payload_sum tier/ssd_format.cc ssd_damage_test *AFlippedPayloadByteIsFound*
+  [=[ != page.seals[layer]) {]=]
+  [=[ != page.seals[layer] && page.version == 0) {]=])
 store_mutant(sum_of_half tier/ssd_format.cc ssd_damage_test *AFlippedPayloadByteIsFound*
   [=[slice.data(), slice.size(), seed)]=]
   [=[slice.data(), slice.size() / 2, seed)]=])
