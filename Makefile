@@ -22,7 +22,7 @@ help:  ## Show this list
 demo: build .venv/.model  ## Set up, build, and play a conversation on a real model
 	$(BIN)/cachedattn demo $(ARGS)
 
-test: build .venv/.tests .venv/.model .venv/.fuzz  ## Native, Python, tidy tests, sanitizers, fuzz
+test: build .venv/.tests .venv/.model .venv/.system  ## Native, Python, tidy tests, sanitizers, fuzz
 	scripts/run_tests.sh native python sanitize fuzz
 
 sanitize: .venv/.tests  ## Only the native tests under ASan + UBSan and under TSan
@@ -34,7 +34,7 @@ sim: .venv/.tests  ## Seeded schedules of the whole store: make sim N=1000 SEED=
 	@build/native/tests/native/store_sim --n=$(or $(N),1000) --seed=$(or $(SEED),1) \
 	  --mode=$(or $(MODE),hostile) --processes=$$(nproc)
 
-fuzz: .venv/.torch .venv/.fuzz  ## Only the fuzz targets, each for SECONDS
+fuzz: .venv/.torch .venv/.system  ## Only the fuzz targets, each for SECONDS
 	FUZZ_SECONDS=$(SECONDS) scripts/run_tests.sh fuzz
 
 wheel: .venv/.tests  ## One audited wheel in dist/, tested in a second clean environment
@@ -73,8 +73,8 @@ clean:  ## Remove build output; .venv stays
 	$(PIP) install -q --no-build-isolation -e '.[test,dev]'
 	touch $@
 
-.venv/.fuzz: scripts/install_system.sh scripts/fuzz_compiler.sh .venv/.torch
-	PYTHON=$(PYTHON) scripts/install_system.sh fuzz
+.venv/.system: scripts/install_system.sh scripts/fuzz_compiler.sh .venv/.torch
+	PYTHON=$(PYTHON) scripts/install_system.sh tests
 	touch $@
 
 # The wheel holds a GGUF file beside a plugin for another program, whose dependencies stay out.

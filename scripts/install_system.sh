@@ -2,10 +2,10 @@
 # Makes sure that the compiler and the libraries of third_party/README.md are there. What is
 # missing is installed by apt-get as root or through sudo without a password; where that is not
 # possible the list is printed and the exit status is 1. PYTHON names the interpreter. With the
-# argument `fuzz` a clang that has libFuzzer is asked for, too.
+# argument `tests` what only the tests need is asked for, too.
 set -euo pipefail
 python=${PYTHON:-python3}
-fuzz=${1:-}
+group=${1:-}
 
 has_program() { command -v "$1" >/dev/null; }
 has_header() { echo "#include <$1>" | g++ -E -x c++ - >/dev/null 2>&1; }
@@ -36,7 +36,11 @@ find_missing() {
   need python3 has_program "$python"
   need python3-venv has_venv
   need python3-dev has_python_header
-  [ "$fuzz" != fuzz ] || has_fuzzer || missing+=(clang-19 libclang-rt-19-dev)
+  [ "$group" = tests ] || return 0
+  need pkg-config has_program pkg-config
+  need libfuse3-dev pkg-config --exists fuse3
+  need e2fsprogs has_program mkfs.ext4
+  has_fuzzer || missing+=(clang-19 libclang-rt-19-dev)
 }
 
 find_missing
