@@ -151,7 +151,7 @@ size_t StoreCore::FreeParked() {
     free.push_back(core);
     return true;
   });
-  return TheParked().cores.size();
+  return TheParked().cores.size() + SsdTier::FreeAbandoned();
 }
 
 Result<bool> StoreCore::EraseTenant(std::string_view tenant) {

@@ -1,10 +1,12 @@
 #include "csrc/tier/ssd_file.h"
 
 #include <sys/random.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <mutex>
 
 #include "csrc/io/direct_file.h"
 
@@ -20,7 +22,44 @@ void SetCounters(const StoreCounters& counters, Superblock* superblock) {
                              counters.tokens_from_ssd};
 }
 
+struct Abandoned {
+  pid_t process;
+  AlignedBytes pages;
+  std::unique_ptr<BlockFile> file;
+  std::unique_ptr<IoEngine> engine;  // gone before what it works on
+};
+
+struct AllAbandoned {
+  std::mutex mutex;
+  std::vector<Abandoned> files;
+};
+AllAbandoned& TheAbandoned() {
+  static AllAbandoned& all = *new AllAbandoned;  // never freed: the end of a process does not wait
+  return all;
+}
+
 }  // namespace
+
+SsdFile::~SsdFile() {
+  if (!hung_ || engine_->in_flight() == 0) return;
+  const std::lock_guard lock(TheAbandoned().mutex);
+  TheAbandoned().files.push_back(
+      {::getpid(), std::move(pages_), std::move(file_), std::move(engine_)});
+}
+
+size_t SsdFile::FreeAbandoned() {
+  const std::lock_guard lock(TheAbandoned().mutex);
+  std::erase_if(TheAbandoned().files, [](Abandoned& file) {
+    if (file.process != ::getpid()) return false;  // of the parent of a fork
+    IoCompletion done;
+    while (file.engine->Poll(std::span(&done, 1), 0) > 0) {
+    }
+    return file.engine->in_flight() == 0;
+  });
+  return TheAbandoned().files.size();
+}
+
+size_t SsdTier::FreeAbandoned() { return SsdFile::FreeAbandoned(); }
 
 Status SsdOptions::Validate() const {
   Status status = layout.Validate();

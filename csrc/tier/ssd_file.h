@@ -17,6 +17,14 @@ namespace cachedattn {
 class SsdFile {
  public:
   explicit SsdFile(const SsdOptions& options) : options_(options) {}
+  ~SsdFile();  // does not wait for a disk that has not answered: see FreeAbandoned
+
+  // What a disk that did not answer may still write to stays, and so does the lock. Frees what it
+  // has let go of; returns how many are left.
+  static size_t FreeAbandoned();
+
+  // A request of this object, into its pages, was given up.
+  void SetHung() { hung_ = true; }
 
   // Takes the file and reads its superblock, or writes one into an empty file; brings the file to
   // the size that the options ask for. Errors are those of SsdTier::Open.

@@ -36,6 +36,7 @@ class HeaderScan {
     for (uint32_t done = 0; done < num_slots;) {
       const size_t count = engine_.Poll(finished, options_.io_deadline_us);
       if (count == 0 && options_.clock->NowNs() >= deadline_ns) {
+        file_.SetHung();
         return Status(Code::kIo,
                       "cannot read " + file_.file().path() + ": the disk does not answer");
       }

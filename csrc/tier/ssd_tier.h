@@ -116,6 +116,10 @@ class CA_API SsdTier {
                                                  std::unique_ptr<BlockFile> file);
   virtual ~SsdTier() = default;  // waits for what is in flight
 
+  // A tier that could not be opened since its disk did not answer leaves behind what the disk may
+  // still write to, and its lock. Frees what the disk has let go of; returns how many are left.
+  static size_t FreeAbandoned();
+
   virtual uint32_t num_slots() const = 0;
 
   // The blocks that the file holds, by slot: from the index after a clean close, else by reading
