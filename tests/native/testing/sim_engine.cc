@@ -46,7 +46,7 @@ void SimEngine::Plan(Active* active) {
   // From 1 us to 1 ms.
   int64_t takes = static_cast<int64_t>(random.Scale(10)) * 1000;
   if (active->fault == DiskFault::kHang) {
-    takes = disk_->faults_.hang_ns * (100 + random.Below(300)) / 100;
+    takes = disk_->faults_.hang_ns * (100 + random.Below(300)) / (random.OneIn(4) ? 1 : 100);
   }
   active->end_ns = now + takes;
   if (dead_) {

@@ -141,22 +141,27 @@ Status SimWorld::TryOpen() {
   return Status();
 }
 
+// Until the disk has let go of what closed stores, or such as did not open, left behind.
+void SimWorld::AwaitLate() {
+  clock_->set_limit(INT64_MAX);
+  while (FreeParkedStores() > 0) clock_->Advance(options_.deadline_us * 1000);
+}
+
 // Faults may keep a store from opening; without them it must.
 void SimWorld::Open() {
   disk_->faults() = options_.faults;
   disk_->faults().hang_ns = options_.deadline_us * 1000;
   disk_->faults().stride = options_.layout.host_slot_bytes();
-  while (FreeParkedStores() > 0) clock_->Advance(options_.deadline_us * 1000);
   Status status;
   for (int tries = 0; tries < 6; ++tries) {
     if (tries == 2) disk_->StopFaults();
+    AwaitLate();
     Allow(kQuickUs + 20 * options_.deadline_us);
     status = TryOpen();
     if (status.ok()) return;
     if (Harmless()) break;
+    AwaitLate();
     if (status.code() == Code::kCorrupt && options_.hostile) disk_->Erase();
-    clock_->set_limit(INT64_MAX);
-    clock_->Advance(10 * options_.deadline_us * 1000);  // what is late comes back
   }
   Wrong("the store does not open: " + status.message());
 }
@@ -368,7 +373,7 @@ WorldReport SimWorld::Play() {
   }
   if (right()) Recover();
   if (store_ != nullptr) End();
-  clock_->set_limit(INT64_MAX);
+  AwaitLate();
   return std::move(report_);
 }
 

@@ -61,6 +61,7 @@ class SimWorld {
   void Wrong(const std::string& what);
   void Allow(int64_t us);
   Status TryOpen();
+  void AwaitLate();
   void Open();
   void End();
   void Crash();
