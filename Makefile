@@ -30,7 +30,7 @@ sanitize: .venv/.tests  ## Only the native tests under ASan + UBSan and under TS
 
 sim: .venv/.tests  ## Seeded schedules of the whole store: make sim N=1000 SEED=1 MODE=hostile
 	@$(BIN)/cmake -S . -B build/native -GNinja -DCACHEDATTN_PYTHON=OFF -DCACHEDATTN_TESTS=ON >/dev/null
-	@$(BIN)/cmake --build build/native --target store_sim >/dev/null
+	@$(BIN)/cmake --build build/native --target store_sim
 	@build/native/tests/native/store_sim --n=$(or $(N),1000) --seed=$(or $(SEED),1) \
 	  --mode=$(or $(MODE),hostile) --processes=$$(nproc)
 

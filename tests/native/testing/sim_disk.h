@@ -128,6 +128,7 @@ class SimDisk {
 
   DiskFaults& faults() { return faults_; }
   void StopFaults() { faults_ = DiskFaults(); }
+  void RestartRule() { rule_seen_ = 0; }  // counts from the next request on
   uint64_t fired(DiskFault fault) const { return fired_[static_cast<int>(fault)]; }
   uint64_t num_requests() const { return num_requests_; }
   bool open() const { return open_; }
