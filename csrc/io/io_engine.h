@@ -38,6 +38,11 @@ class IoEngine {
   // Starts `request`. REQUIRES: in_flight() < depth().
   virtual void Submit(const IoRequest& request) = 0;
 
+  // The same for several at once. REQUIRES: in_flight() + requests.size() <= depth().
+  virtual void SubmitAll(std::span<const IoRequest> requests) {
+    for (const IoRequest& request : requests) Submit(request);
+  }
+
   // Moves finished requests to `out` and returns how many. When none is finished, waits up to
   // `timeout_us` for the first one (0: does not wait).
   virtual size_t Poll(std::span<IoCompletion> out, int64_t timeout_us) = 0;
@@ -53,8 +58,7 @@ enum class IoKind : uint8_t { kAuto = 0, kUring = 1, kThreads = 2 };
 
 struct IoOptions {
   IoKind kind = IoKind::kAuto;
-  uint32_t depth = 64;                   // requests in flight, 1 to 4096
-  std::span<std::byte> registered = {};  // slab that most requests use; registered if allowed
+  uint32_t depth = 64;  // requests in flight, 1 to 4096
   // Tests put a fault-injecting engine around the real one here.
   std::function<std::unique_ptr<IoEngine>(std::unique_ptr<IoEngine>)> wrap = nullptr;
 

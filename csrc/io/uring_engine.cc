@@ -2,10 +2,8 @@
 
 #include <liburing.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <system_error>
-#include <vector>
 
 // ThreadSanitizer cannot see that a completion follows its submission through the kernel, and
 // reports false races between the two sides' uses of the buffer. Tell it.
@@ -20,8 +18,6 @@ static inline void __tsan_release(void*) {}
 namespace cachedattn {
 namespace {
 
-constexpr uint64_t kMaxBuffer = 1ull << 30;  // the kernel's limit for one registered buffer
-
 std::string ErrorText(int error) { return std::generic_category().message(error); }
 
 class UringEngine : public IoEngine {
@@ -29,8 +25,9 @@ class UringEngine : public IoEngine {
   UringEngine(int fd, uint32_t depth) : fd_(fd), depth_(depth) {}
   ~UringEngine() override;
 
-  Status Start(std::span<std::byte> registered);
+  Status Start();
   void Submit(const IoRequest& request) override;
+  void SubmitAll(std::span<const IoRequest> requests) override;
   size_t Poll(std::span<IoCompletion> out, int64_t timeout_us) override;
 
   uint32_t depth() const override { return depth_; }
@@ -41,18 +38,16 @@ class UringEngine : public IoEngine {
  private:
   Status OpenRing();
   Status Probe();
-  void Register(std::span<std::byte> slab);
-  int BufferIndex(const IoRequest& request) const;
+  void Prepare(const IoRequest& request);
   size_t Reap(std::span<IoCompletion> out);
   void Wait(int64_t timeout_us);
 
   const int fd_;
   const uint32_t depth_;
-  std::string why_;
+  const std::string why_ = "io_uring";
   uint32_t in_flight_ = 0;
   io_uring ring_{};
   bool ring_open_ = false;
-  std::span<std::byte> registered_;  // in pieces of kMaxBuffer, piece i is buffer i
 };
 
 UringEngine::~UringEngine() {
@@ -65,11 +60,9 @@ UringEngine::~UringEngine() {
   io_uring_queue_exit(&ring_);
 }
 
-Status UringEngine::Start(std::span<std::byte> registered) {
+Status UringEngine::Start() {
   Status status = OpenRing();
-  if (status.ok()) status = Probe();
-  if (status.ok()) Register(registered);
-  return status;
+  return status.ok() ? Probe() : status;
 }
 
 Status UringEngine::OpenRing() {
@@ -101,61 +94,32 @@ Status UringEngine::Probe() {
   return Status();
 }
 
-void UringEngine::Register(std::span<std::byte> slab) {
-  if (slab.empty()) {
-    why_ = "io_uring, plain buffers";
-    return;
-  }
-  std::vector<iovec> pieces;
-  for (size_t begin = 0; begin < slab.size(); begin += kMaxBuffer) {
-    pieces.push_back({slab.data() + begin, std::min<size_t>(kMaxBuffer, slab.size() - begin)});
-  }
-  const int error =
-      io_uring_register_buffers(&ring_, pieces.data(), static_cast<unsigned>(pieces.size()));
-  if (error < 0) {
-    why_ = "io_uring, plain buffers (the kernel would not register them: " + ErrorText(-error) +
-           (error == -ENOMEM ? "; see ulimit -l)" : ")");
-    return;
-  }
-  registered_ = slab;
-  why_ = "io_uring, registered buffers";
+void UringEngine::Submit(const IoRequest& request) { SubmitAll({&request, 1}); }
+
+void UringEngine::SubmitAll(std::span<const IoRequest> requests) {
+  CA_CHECK(in_flight_ + requests.size() <= depth_);
+  for (const IoRequest& request : requests) Prepare(request);
+  in_flight_ += static_cast<uint32_t>(requests.size());
+  __tsan_release(this);
+  // EINTR, EAGAIN and EBUSY leave entries in the ring; Wait and the next Submit try again.
+  (void)io_uring_submit(&ring_);
 }
 
-// The registered buffer that holds the whole request, or -1.
-int UringEngine::BufferIndex(const IoRequest& request) const {
-  const std::byte* begin = registered_.data();
-  if (registered_.empty() || request.data < begin) return -1;
-  const uint64_t first = static_cast<uint64_t>(request.data - begin);
-  if (first + request.size > registered_.size()) return -1;
-  const uint64_t index = first / kMaxBuffer;
-  return index == (first + request.size - 1) / kMaxBuffer ? static_cast<int>(index) : -1;
-}
-
-void UringEngine::Submit(const IoRequest& request) {
-  CA_CHECK(in_flight_ < depth_);
+void UringEngine::Prepare(const IoRequest& request) {
   io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
   CA_CHECK(sqe != nullptr);  // the ring has `depth_` entries
-  const int buffer = BufferIndex(request);
-  if (request.op == IoOp::kSync) {
-    io_uring_prep_fsync(sqe, fd_, IORING_FSYNC_DATASYNC);
-  } else if (request.op == IoOp::kRead) {
-    if (buffer >= 0) {
-      io_uring_prep_read_fixed(sqe, fd_, request.data, request.size, request.offset, buffer);
-    } else {
+  switch (request.op) {
+    case IoOp::kRead:
       io_uring_prep_read(sqe, fd_, request.data, request.size, request.offset);
-    }
-  } else {
-    if (buffer >= 0) {
-      io_uring_prep_write_fixed(sqe, fd_, request.data, request.size, request.offset, buffer);
-    } else {
+      break;
+    case IoOp::kWrite:
       io_uring_prep_write(sqe, fd_, request.data, request.size, request.offset);
-    }
+      break;
+    case IoOp::kSync:
+      io_uring_prep_fsync(sqe, fd_, IORING_FSYNC_DATASYNC);
+      break;
   }
   io_uring_sqe_set_data64(sqe, request.tag);
-  ++in_flight_;
-  __tsan_release(this);
-  // EINTR, EAGAIN and EBUSY leave the entry in the ring; Wait and the next Submit try again.
-  (void)io_uring_submit(&ring_);
 }
 
 size_t UringEngine::Reap(std::span<IoCompletion> out) {
@@ -190,7 +154,7 @@ size_t UringEngine::Poll(std::span<IoCompletion> out, int64_t timeout_us) {
 
 Result<std::unique_ptr<IoEngine>> OpenUringEngine(int fd, const IoOptions& options) {
   auto engine = std::make_unique<UringEngine>(fd, options.depth);
-  Status status = engine->Start(options.registered);
+  Status status = engine->Start();
   if (!status.ok()) return status;
   return std::unique_ptr<IoEngine>(std::move(engine));
 }

@@ -176,8 +176,6 @@ Result<std::unique_ptr<AttentionStore>> OpenTiers(const StoreOptions& options,
 Result<std::unique_ptr<AttentionStore>> OpenAll(const StoreOptions& options) {
   std::unique_ptr<SsdTier> ssd;
   if (options.ssd_bytes != 0) {
-    // The slab is not registered with the ring: measured, that gains nothing, and it would fill
-    // the whole slab with pages here.
     SsdOptions ssd_options{.directory = options.path,
                            .layout = options.layout,
                            .identity = options.identity,

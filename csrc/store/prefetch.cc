@@ -1,8 +1,13 @@
 #include "csrc/store/prefetch.h"
 
+#include <algorithm>
+
 namespace cachedattn {
 
 namespace {
+
+// Keeps a fast disk busy from one Poll to the next; a read of Begin waits behind at most this much.
+constexpr uint64_t kMaxBytesInFlight = 32 << 20;
 
 bool OnSsdOnly(const Block& block) {
   return block.ready(Tier::kSsd) && block.absent(Tier::kDram) && block.absent(Tier::kDevice);
@@ -11,7 +16,12 @@ bool OnSsdOnly(const Block& block) {
 }  // namespace
 
 Prefetcher::Prefetcher(Tiers* tiers, Directory* directory, Evictor* evictor, Preloader* preloader)
-    : tiers_(tiers), directory_(directory), evictor_(evictor), preloader_(preloader) {}
+    : tiers_(tiers),
+      directory_(directory),
+      evictor_(evictor),
+      preloader_(preloader),
+      max_in_flight_(static_cast<uint32_t>(
+          std::clamp<uint64_t>(kMaxBytesInFlight / tiers->layout.payload_bytes(), 2, 32))) {}
 
 void Prefetcher::Want(std::span<const BlockRef> blocks) {
   const SlotPool& slots = tiers_->dram->slots();

@@ -27,7 +27,7 @@ class Prefetcher {
   Directory* const directory_;
   Evictor* const evictor_;
   Preloader* const preloader_;
-  const uint32_t max_in_flight_ = 4;  // blocks: keeps the disk busy, leaves room for others
+  const uint32_t max_in_flight_;  // blocks
   std::deque<BlockKey> wanted_;
   std::unordered_map<uint32_t, uint32_t> num_wanted_;  // by tenant, since Clear
   std::vector<FillRef> running_;

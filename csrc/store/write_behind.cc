@@ -6,9 +6,10 @@ namespace cachedattn {
 
 namespace {
 
-// A read waits behind at most this much: a few milliseconds of a disk's time.
-constexpr uint64_t kMaxBytesInFlight = 8 << 20;
-constexpr uint64_t kMaxWritesInFlight = 4;  // half of the smallest I/O depth
+// What the engine holds of writes, and then one more that is sealed and waits for it. A read waits
+// behind at most this much: some milliseconds of a disk's time.
+constexpr uint64_t kMaxBytesInFlight = 24 << 20;
+constexpr uint64_t kMaxWritesInFlight = 16;
 
 constexpr int64_t kRestNs = 30'000'000'000;
 
@@ -20,7 +21,7 @@ WriteBehind::WriteBehind(Tiers* tiers, Directory* directory, Trace* trace, const
       trace_(trace),
       clock_(clock),
       max_in_flight_(static_cast<uint32_t>(std::clamp<uint64_t>(
-          kMaxBytesInFlight / tiers->layout.host_slot_bytes(), 1, kMaxWritesInFlight))) {}
+          kMaxBytesInFlight / tiers->layout.payload_bytes(), 2, kMaxWritesInFlight))) {}
 
 bool WriteBehind::NeverWritten(const Block& block) const {
   const KeyRing* keys = tiers_->keys();

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "csrc/io/direct_file.h"
+#include "csrc/io/io_queue.h"
 #include "csrc/tier/block_cipher.h"
 #include "csrc/tier/ssd_file.h"
 #include "csrc/tier/ssd_scan.h"
@@ -26,7 +27,8 @@ class SsdTierImpl : public SsdTier {
         cipher_(std::move(cipher)),
         file_(std::move(file)),
         engine_(file_->engine()),
-        ops_(engine_.depth()) {
+        queue_(&engine_),
+        ops_(2 * engine_.depth()) {
     why_ = engine_.why();
     why_ +=
         file_->file().direct() ? ", O_DIRECT" : ", page cache (the file system refuses O_DIRECT)";
@@ -109,6 +111,7 @@ class SsdTierImpl : public SsdTier {
   std::unique_ptr<BlockCipher> cipher_;  // nullptr: not encrypted, or read without the key
   std::unique_ptr<SsdFile> file_;        // its engine is gone before the pages above
   IoEngine& engine_;
+  IoQueue queue_;
   std::string why_;
   std::vector<Op> ops_;
   std::vector<uint32_t> free_ops_;
@@ -134,18 +137,18 @@ IoRequest SsdTierImpl::RequestOf(uint32_t index) const {
 
 void SsdTierImpl::Submit(uint32_t index) {
   ops_[index].state = Op::kInFlight;
-  engine_.Submit(RequestOf(index));
+  queue_.Push(RequestOf(index));
 }
 
 void SsdTierImpl::Start(const Op& op) {
-  CA_CHECK(!free_ops_.empty());
-  CA_CHECK(reinterpret_cast<uintptr_t>(op.host_slot) % kPage == 0);
+  CA_CHECK(!free_ops_.empty() && reinterpret_cast<uintptr_t>(op.host_slot) % kPage == 0);
   const uint32_t index = free_ops_.back();
   free_ops_.pop_back();
   ops_[index] = op;
   ops_[index].deadline_ns = clock_.NowNs() + deadline_us_ * 1000;
   next_deadline_ns_ = std::min(next_deadline_ns_, ops_[index].deadline_ns);
   Submit(index);
+  queue_.Submit();
 }
 
 void SsdTierImpl::StartWrite(SlotId slot, const BlockHeader& header, std::byte* host_slot,
@@ -204,11 +207,17 @@ void SsdTierImpl::Poll(std::vector<SsdCompletion>* out, int64_t timeout_us) {
   size_t count = engine_.Poll(finished, timeout_us);
   while (count > 0 && !ended_) {
     for (size_t i = 0; i < count; ++i) {
+      const auto index = static_cast<uint32_t>(finished[i].tag);
+      if (!ops_[index].late) queue_.Release(RequestOf(index).size);
+    }
+    queue_.Submit();
+    for (size_t i = 0; i < count; ++i) {
       OnCompletion(static_cast<uint32_t>(finished[i].tag), finished[i].result, out);
     }
     // A full array: more may be finished.
     count = count == finished.size() ? engine_.Poll(finished, 0) : 0;
   }
+  queue_.Submit();
   const int64_t after_ns = timeout_us > 0 ? clock_.NowNs() : now_ns;
   if (after_ns >= next_deadline_ns_) OnDeadline(after_ns, out);
 }
@@ -224,11 +233,12 @@ void SsdTierImpl::OnDeadline(int64_t now_ns, std::vector<SsdCompletion>* out) {
     }
     Status status(Code::kIo, Where(op) + ": the disk did not answer within " +
                                  std::to_string(deadline_us_ / 1000) + " ms");
-    if (op.state == Op::kWaiting) {  // its own bytes are here
+    if (op.state == Op::kWaiting || queue_.Drop(i)) {  // its bytes are here, or never went out
       Finish(i, std::move(status), out);
       continue;
     }
     op.late = true;
+    queue_.Release(RequestOf(i).size);
     ++num_late_;
     out->push_back({op.tag, std::move(status), true});
   }

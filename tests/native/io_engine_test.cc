@@ -34,8 +34,8 @@ class IoEngineTest : public ::testing::TestWithParam<IoKind> {
   }
 
   // An engine on the file, or null with the test skipped where this machine refuses io_uring.
-  std::unique_ptr<IoEngine> Open(uint32_t depth, std::span<std::byte> registered = {}) {
-    return OpenOn(file_.fd.get(), {GetParam(), depth, registered, nullptr});
+  std::unique_ptr<IoEngine> Open(uint32_t depth) {
+    return OpenOn(file_.fd.get(), {GetParam(), depth, nullptr});
   }
   std::unique_ptr<IoEngine> OpenOn(int fd, const IoOptions& options) {
     Result<std::unique_ptr<IoEngine>> engine = OpenIoEngine(fd, options);
@@ -65,8 +65,7 @@ TEST_P(IoEngineTest, RoundTripAtFullDepth) {
   constexpr uint32_t kDepth = 8, kRequests = 32;
   auto out = Pages(kRequests), in = Pages(kRequests);
   for (size_t i = 0; i < kRequests * kPage; ++i) out.get()[i] = static_cast<std::byte>(i * 31 / 7);
-  // Half of the target is registered, so that both kinds of buffer are read into.
-  OPEN_OR_SKIP(engine, kDepth, {in.get(), kRequests / 2 * kPage});
+  OPEN_OR_SKIP(engine, kDepth);
   EXPECT_FALSE(engine->why().empty());
   for (IoOp op : {IoOp::kWrite, IoOp::kRead}) {
     std::byte* data = op == IoOp::kWrite ? out.get() : in.get();
@@ -100,7 +99,7 @@ TEST_P(IoEngineTest, ShortReadAtTheEndOfTheFile) {
 
 TEST_P(IoEngineTest, AnErrorIsAResult) {
   auto data = Pages(1);
-  auto engine = OpenOn(-1, {GetParam(), 2, {}, nullptr});
+  auto engine = OpenOn(-1, {GetParam(), 2, nullptr});
   if (engine == nullptr) GTEST_SKIP() << "io_uring is refused on this machine";
   EXPECT_EQ(RunOne(engine.get(), {IoOp::kRead, 0, data.get(), kPage, 1}), -EBADF);
   EXPECT_EQ(RunOne(engine.get(), {IoOp::kWrite, 0, data.get(), kPage, 2}), -EBADF);
@@ -149,7 +148,7 @@ TEST_P(IoEngineTest, SignalsDoNotLoseRequests) {
 TEST_P(IoEngineTest, DepthIsChecked) {
   for (uint32_t depth : {0u, 4097u}) {
     Result<std::unique_ptr<IoEngine>> engine =
-        OpenIoEngine(file_.fd.get(), {GetParam(), depth, {}, nullptr});
+        OpenIoEngine(file_.fd.get(), {GetParam(), depth, nullptr});
     ASSERT_FALSE(engine.ok());
     EXPECT_EQ(engine.status().code(), Code::kInvalidArgument);
     EXPECT_NE(engine.status().message().find(std::to_string(depth)), std::string::npos);
@@ -161,7 +160,7 @@ TEST_P(IoEngineTest, FaultyEngineBreaksTheChosenRequests) {
   FaultPlan plan;
   auto out = Pages(1), in = Pages(1);
   std::memset(out.get(), 3, kPage);
-  auto engine = OpenOn(file_.fd.get(), {GetParam(), 4, {}, plan.Wrap()});
+  auto engine = OpenOn(file_.fd.get(), {GetParam(), 4, plan.Wrap()});
   if (engine == nullptr) GTEST_SKIP() << "io_uring is refused on this machine";
   plan.Add({.op = IoOp::kWrite, .kind = FaultKind::kError, .skip = 1, .error = ENOSPC});
   plan.Add({.op = IoOp::kRead, .kind = FaultKind::kShort});

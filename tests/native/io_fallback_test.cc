@@ -1,5 +1,4 @@
-// Machines that refuse io_uring or its registered buffers: the store works, and says why it is
-// slower.
+// Machines that refuse io_uring: the store works, and says why it is slower.
 #include <gtest/gtest.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -72,27 +71,6 @@ INSTANTIATE_TEST_SUITE_P(Refusals, IoFallbackTest,
                                                    "io_uring_setup: Function not implemented"},
                                            Refusal{SYS_io_uring_enter, EPERM,
                                                    "io_uring_enter: Operation not permitted"}));
-
-TEST(IoFallback, PlainBuffersWhereRegisteringIsRefused) {
-  TempDir dir;
-  EXPECT_CHILD_OK([&]() -> std::string {
-    if (!Refuse(SYS_io_uring_register, ENOMEM)) return "skip: seccomp filters are refused";
-    HostSlot slab;
-    SsdOptions options = SmallStore(dir / "kv");
-    options.io.kind = IoKind::kUring;
-    options.io.registered = {slab.data(), slab.size()};
-    Result<std::unique_ptr<SsdTier>> tier = SsdTier::Open(options);
-    if (!tier.ok()) return "skip: " + tier.status().message();
-    const std::string why = tier.value()->io_why();
-    if (why.find("plain buffers") == std::string::npos) return why;
-    if (why.find("Cannot allocate memory") == std::string::npos) return why;
-    slab.Fill(SmallLayout(), 3);
-    tier.value()->StartWrite(0, HeaderOfBlock(3), slab.data(), 1);
-    Status status = Drain(tier.value().get()).at(0).status;
-    if (status.ok()) status = ReadBlock(tier.value().get(), 0, 3);
-    return status.ok() ? "" : status.message();
-  });
-}
 
 }  // namespace
 }  // namespace cachedattn

@@ -98,6 +98,29 @@ TEST_F(SsdDeadlineTest, APieceDoesNotWaitForALateHeader) {
   EXPECT_EQ(tier_->checksum_failures(), 0u);
 }
 
+TEST_F(SsdDeadlineTest, WhatTheDiskNeverGotIsNotLate) {
+  const uint32_t depth = options_.io.depth;
+  plan_.Add({.op = IoOp::kWrite, .kind = FaultKind::kHold, .count = depth});
+  HostSlot host[5];
+  for (uint32_t i = 0; i <= depth; ++i) {
+    host[i].Fill(SmallLayout(), i);
+    tier_->StartWrite(i, HeaderOfBlock(i), host[i].data(), i);
+  }
+  PassDeadline();
+  const auto finished = Poll();
+  ASSERT_EQ(finished.size(), depth + 1);
+  for (const SsdCompletion& completion : finished) {
+    EXPECT_EQ(completion.status.code(), Code::kIo);
+    EXPECT_EQ(completion.late, completion.tag < depth) << "the last one's buffer is free";
+  }
+  EXPECT_EQ(tier_->in_flight(), depth);
+  uint32_t back = 0;
+  while (back < depth) back += static_cast<uint32_t>(ReleaseAndPoll().size());
+  EXPECT_EQ(plan_.fired(), depth);
+  EXPECT_EQ(ReadBlock(tier_.get(), depth, depth).code(), Code::kCorrupt) << "was never written";
+  EXPECT_TRUE(WriteBlock(tier_.get(), depth, depth).ok());
+}
+
 TEST_F(SsdDeadlineTest, AFailedReadIsNotRepeatedAfterItsDeadline) {
   ASSERT_TRUE(WriteBlock(tier_.get(), 1, 1).ok());
   plan_.Add({.op = IoOp::kRead, .kind = FaultKind::kError});
