@@ -70,6 +70,7 @@ class AttentionStore:
         dram_reserve: float,
         io: str,  # 'auto', 'uring', 'threads'
         io_depth: int,
+        poison: bool,
         progress: Callable[[int, int], None] | None,
     ) -> None: ...
     handle: int
@@ -93,8 +94,9 @@ class AttentionStore:
     def check_invariants(self) -> None: ...
 
 def inspect_store(path: str) -> dict[str, object]:
-    """What the store in directory `path` holds: model, layout, slots, counters and `blocks` (dicts
-    of slot, key, parent, num_tokens, depth, generation). Takes no lock, writes nothing."""
+    """What the store in directory `path` holds: model, format, layout, slots, counters and
+    `blocks` (dicts of slot, key, parent, num_tokens, depth, generation). Takes no lock, writes
+    nothing."""
 
 def check_store(
     path: str,
@@ -102,9 +104,11 @@ def check_store(
     master_key_file: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, object]:
-    """`checked` (blocks looked at) and `corrupt` (slots whose header, or with `deep` whose payload,
-    does not match its checksum). Takes no lock, writes nothing. ValueError: `deep` without the
-    master key of an encrypted store."""
+    """`checked` (blocks looked at), `damage` (dicts of slot, key, what; slot None: no slot, key
+    None: not known), `indexed` (the index of a clean close said what each slot holds) and
+    `erased` (blocks of tenants whose key is gone). Takes no lock, writes nothing. StoreError: `deep`
+    without the master key of an encrypted store. An exception of `progress`, and Ctrl-C, end it.
+    """
 
 def erase_tenant(path: str, master_key_file: str, tenant: str) -> bool:
     """Drops a tenant's key from a store that nobody has open; False: there is none."""

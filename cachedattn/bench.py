@@ -105,7 +105,7 @@ def trial(
         raise RuntimeError(f"{source}: the history of {history} came from {reply.cached_from}")
     times = {"ttft_s": reply.ttft_s}
     if source == "ssd":
-        waits = layer_waits(store.store.take_trace())
+        waits = layer_waits(store.store.take_trace()) or [0.0]  # all was there at once
         times |= {"first_layer_wait_s": waits[0], "total_stall_s": sum(waits)}
         store.store.enable_trace(False)
     return times, reply.token_ids[0]

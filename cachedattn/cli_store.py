@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 
 from cachedattn import _core
@@ -73,22 +74,37 @@ def run_inspect(store: Path, as_json: bool) -> None:
 
 def run_check(store: Path, deep: bool, key: Path | None, as_json: bool) -> int:
     """Verifies the store in directory `store`; the exit code: 0 sound, 1 damaged."""
-    with progress_bar() as bar:
+    with progress_bar(*Progress.get_default_columns(), MofNCompleteColumn()) as bar:
         task = bar.add_task("checking", total=None)
 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
         result = _core.check_store(str(store), deep, str(key or ""), progress)
-    corrupt = result["corrupt"]
+    damage = result["damage"]
     if as_json:
-        print(json.dumps({**result, "deep": deep, "ok": not corrupt}))
-    else:
-        what = "every byte" if deep else "headers"
-        print(f"{result['checked']} blocks checked ({what}), {len(corrupt)} damaged")
-        for slot in corrupt:
-            print(f"  slot {slot}: does not match its checksum; it counts as a miss")
-    return 1 if corrupt else 0
+        print(json.dumps({**result, "deep": deep, "ok": not damage}))
+        return 1 if damage else 0
+    what = "every byte" if deep else "headers"
+    blocks = sum(found["slot"] is not None for found in damage)
+    print(f"{result['checked']} blocks checked ({what}), {blocks} damaged")
+    for found in damage:
+        print(f"  {damage_text(found)}")
+    if blocks:
+        print("A damaged block is never used: it is a miss, and its slot is written again.")
+    if not result["indexed"]:
+        print("The store was not closed cleanly: an old copy of a block cannot be told from a new.")
+    if result["erased"]:
+        print(f"{result['erased']} blocks are of tenants whose key was erased.")
+    return 1 if damage else 0
+
+
+def damage_text(found: dict[str, Any]) -> str:
+    """'slot 3, block 0123456789abcdef: what is wrong'; what is no slot names itself."""
+    if found["slot"] is None:
+        return found["what"]
+    block = f", block {found['key'][:16]}" if found["key"] else ""
+    return f"slot {found['slot']}{block}: {found['what']}"
 
 
 def run_erase(store: Path, tenant: str, key: Path) -> int:

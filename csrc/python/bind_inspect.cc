@@ -2,47 +2,38 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
-#include <new>
+#include <set>
 
 #include "csrc/python/bindings.h"
-#include "csrc/tier/ssd_tier.h"
+#include "csrc/tier/check_store.h"
+#include "csrc/tier/ssd_format.h"
 
 namespace py = pybind11;
 
 namespace cachedattn {
 namespace {
 
-struct OpenedStore {
-  SsdInfo info;
-  std::unique_ptr<SsdTier> tier;
-  std::vector<ScannedBlock> blocks;
-};
-
-OpenedStore OpenForReading(const std::string& directory, const std::string& master_key_file) {
-  auto info = ReadSsdInfo(directory);
-  RaiseIfError(info.status());
-  SsdOptions options;
-  options.directory = directory;
-  options.layout = info.value().layout;
-  options.identity = info.value().identity;
-  options.model_name = info.value().model_name;
-  options.read_only = true;
-  if (!master_key_file.empty()) {
-    auto keys = KeyRing::Open(master_key_file);
-    RaiseIfError(keys.status());
-    options.keys = std::move(keys.value());
-  }
-  auto tier = SsdTier::Open(options);
-  RaiseIfError(tier.status());
-  auto blocks = tier.value()->ScanHeaders({});
-  RaiseIfError(blocks.status());
-  return {info.value(), std::move(tier.value()), std::move(blocks.value())};
-}
+using Progress = std::function<void(uint64_t, uint64_t)>;
 
 py::dict InspectStore(const std::string& directory) {
-  const OpenedStore store = OpenForReading(directory, "");
-  const SsdInfo& info = store.info;
+  const auto read = ReadSsdInfo(directory);
+  RaiseIfError(read.status());
+  const SsdInfo& info = read.value();
+  SsdOptions options;
+  options.directory = directory;
+  options.layout = info.layout;
+  options.identity = info.identity;
+  options.model_name = info.model_name;
+  options.read_only = true;
+  const auto tier = SsdTier::Open(options);
+  RaiseIfError(tier.status());
+  const auto scanned = tier.value()->Scan({});
+  RaiseIfError(scanned.status());
+  std::set<TenantId> tenants;
+  for (const ScannedBlock& block : scanned.value()) tenants.insert(block.header.tenant);
+
   py::dict out;
+  out["format_version"] = kSsdVersion;
   out["model_name"] = info.model_name;
   out["identity"] = info.identity.Hex();
   out["dtype"] = Name(info.layout.dtype);
@@ -52,8 +43,9 @@ py::dict InspectStore(const std::string& directory) {
   out["block_size"] = info.layout.block_size;
   out["block_bytes"] = info.layout.host_slot_bytes();
   out["num_slots"] = info.num_slots;
-  out["used_slots"] = store.blocks.size();
-  out["used_bytes"] = store.blocks.size() * info.layout.host_slot_bytes();
+  out["used_slots"] = scanned.value().size();
+  out["used_bytes"] = scanned.value().size() * info.layout.host_slot_bytes();
+  out["tenants"] = tenants.size();
   out["closed_clean"] = info.clean;
   out["encrypted"] = info.encrypted;
   py::dict counters;
@@ -64,7 +56,7 @@ py::dict InspectStore(const std::string& directory) {
   counters["tokens_from_ssd"] = info.counters.tokens_from_ssd;
   out["counters"] = counters;
   py::list blocks;
-  for (const ScannedBlock& block : store.blocks) {
+  for (const ScannedBlock& block : scanned.value()) {
     py::dict entry;
     entry["slot"] = block.slot;
     entry["key"] = block.header.key.Hex();
@@ -78,47 +70,36 @@ py::dict InspectStore(const std::string& directory) {
   return out;
 }
 
-struct AlignedDelete {
-  void operator()(std::byte* data) const { ::operator delete[](data, std::align_val_t(kPage)); }
-};
-
-// Reads every block whole, one at a time, and returns the slots that fail.
-std::vector<SlotId> ReadAll(OpenedStore& store,
-                            const std::function<void(uint64_t, uint64_t)>& progress) {
-  const KvLayout& layout = store.info.layout;
-  const std::unique_ptr<std::byte[], AlignedDelete> buffer(new (std::align_val_t(kPage))
-                                                               std::byte[layout.host_slot_bytes()]);
-  std::vector<SlotId> corrupt;
-  std::vector<SsdCompletion> done;
-  for (size_t i = 0; i < store.blocks.size(); ++i) {
-    const ScannedBlock& block = store.blocks[i];
-    store.tier->StartRead(block.slot, block.header, 0, layout.num_layers, buffer.get(), i);
-    done.clear();
-    while (done.empty()) store.tier->Poll(&done, 1000000);
-    if (!done[0].status.ok()) corrupt.push_back(block.slot);
-    if (progress) progress(i + 1, store.blocks.size());
+py::dict Check(const std::string& directory, bool deep, const std::string& master_key_file,
+               const Progress& progress) {
+  CheckOptions options;
+  options.directory = directory;
+  options.deep = deep;
+  if (!master_key_file.empty()) {
+    auto keys = KeyRing::Open(master_key_file);
+    RaiseIfError(keys.status());
+    options.keys = std::move(keys.value());
+  }
+  options.progress = [&](uint64_t done, uint64_t total) {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-  }
-  return corrupt;
-}
-
-py::dict CheckStore(const std::string& directory, bool deep, const std::string& master_key_file,
-                    const std::function<void(uint64_t, uint64_t)>& progress) {
-  OpenedStore store = OpenForReading(directory, deep ? master_key_file : "");
-  if (deep && store.info.encrypted && master_key_file.empty()) {
-    throw py::value_error(
-        "the store is encrypted: its blocks can be read with its master key only");
-  }
-  std::vector<SlotId> corrupt;
-  for (const SlotDamage& damage : store.tier->damaged()) corrupt.push_back(damage.slot);
-  const size_t checked = store.blocks.size() + corrupt.size();
-  if (deep) {
-    const std::vector<SlotId> unreadable = ReadAll(store, progress);
-    corrupt.insert(corrupt.end(), unreadable.begin(), unreadable.end());
+    if (progress) progress(done, total);
+  };
+  const auto checked = CheckStore(options);
+  RaiseIfError(checked.status());
+  const CheckReport& report = checked.value();
+  py::list damage;
+  for (const Damage& found : report.damage) {
+    py::dict entry;
+    entry["slot"] = found.slot == kNoSlot ? py::object(py::none()) : py::int_(found.slot);
+    entry["key"] = found.key ? py::object(py::str(found.key->Hex())) : py::none();
+    entry["what"] = found.what;
+    damage.append(entry);
   }
   py::dict out;
-  out["checked"] = checked;
-  out["corrupt"] = corrupt;
+  out["checked"] = report.num_blocks;
+  out["indexed"] = report.indexed;
+  out["erased"] = report.num_erased;
+  out["damage"] = damage;
   return out;
 }
 
@@ -134,9 +115,8 @@ void BindInspect(py::module_& module) {
         return erased.value();
       },
       py::arg("path"), py::arg("master_key_file"), py::arg("tenant"));
-  module.def("check_store", &CheckStore, py::arg("path"), py::arg("deep"),
-             py::arg("master_key_file") = "",
-             py::arg("progress") = std::function<void(uint64_t, uint64_t)>());
+  module.def("check_store", &Check, py::arg("path"), py::arg("deep"),
+             py::arg("master_key_file") = "", py::arg("progress") = Progress());
 }
 
 }  // namespace cachedattn

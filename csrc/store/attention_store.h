@@ -43,7 +43,7 @@ struct StoreOptions {
   PolicyKind policy = PolicyKind::kLookahead;
   double dram_reserve = 0.1;  // share of DRAM slots kept free so that a fetch never waits
   IoKind io = IoKind::kAuto;
-  uint32_t io_depth = 64;
+  uint32_t io_depth = 256;
   int64_t io_deadline_us = 2'000'000;  // an operation of the SSD tier that takes longer has failed
   const Clock* clock = &SystemClock();
   // Free slots hold NaN, so that a stray read shows: for tests. Costs memory rate.

@@ -9,18 +9,30 @@ namespace {
 // Larger reads gain nothing, smaller ones cost rate (measured; design D11).
 constexpr uint64_t kMaxPieceBytes = 1 << 20;
 
+// Reads handed to the engine: enough that the disk has work until the next layer is computed, also
+// where slices are small; few enough that who comes later does not wait long.
+constexpr uint64_t kMaxReadBytesInFlight = 64 << 20;
+
 // Copies handed to the engine at a time: enough to keep its stream busy, few enough that a lower
 // layer that arrives late does not wait behind many higher ones.
 constexpr uint32_t kMaxLoadsInFlight = 16;
 
-// Pieces double from one layer on, so that the first layers of all blocks come early.
+// A layer waits for the whole of its group. While the disk is the slower one, what is computed lags
+// behind it by a group, so there are so many groups at least.
+constexpr uint32_t kMinGroups = 8;
+
+// Pieces grow from one layer on, so that the first layers of all blocks come early and the disk
+// stays ahead of the computation; at the end they shrink, so that little is left to compute when
+// the last of them is there.
 std::vector<std::pair<uint32_t, uint32_t>> LayerGroups(const KvLayout& layout) {
   const auto most = static_cast<uint32_t>(
-      std::clamp<uint64_t>(kMaxPieceBytes / layout.slice_stride(), 1, layout.num_layers));
+      std::clamp<uint64_t>(kMaxPieceBytes / layout.slice_stride(), 1,
+                           (layout.num_layers + kMinGroups - 1) / kMinGroups));
   std::vector<std::pair<uint32_t, uint32_t>> groups;
-  for (uint32_t first = 0, size = 1; first < layout.num_layers; size = std::min(2 * size, most)) {
-    groups.emplace_back(first, std::min(size, layout.num_layers - first));
-    first += groups.back().second;
+  for (uint32_t first = 0, size = 1; first < layout.num_layers; ++size) {
+    size = std::min({size, most, (layout.num_layers - first + 1) / 2});
+    groups.emplace_back(first, size);
+    first += size;
   }
   return groups;
 }
@@ -119,7 +131,8 @@ void Preloader::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {
 }
 
 void Preloader::Pump() {
-  while (!reads_.empty() && (!tiers_->ssd_on || tiers_->ssd->can_submit())) {
+  while (!reads_.empty() && (!tiers_->ssd_on || (tiers_->ssd->can_submit() &&
+                                                 read_bytes_in_flight_ < kMaxReadBytesInFlight))) {
     StartReadPiece(reads_.Pop());
   }
   while (!loads_.empty() && num_loads_in_flight_ < kMaxLoadsInFlight) {
@@ -160,6 +173,7 @@ void Preloader::StartReadPiece(Piece piece) {
   std::byte* const target = fill.target;
   started_.emplace(tag, std::move(piece));
   ++num_reads_in_flight_;
+  read_bytes_in_flight_ += num_layers * tiers_->layout.slice_stride();
   tiers_->ssd->StartRead(slot, header, first_layer, num_layers, target, tag);
 }
 
@@ -169,6 +183,7 @@ void Preloader::OnRead(const SsdCompletion& done) {
   const FillRef fill = it->second.fill;
   if (!it->second.late) {
     --num_reads_in_flight_;
+    read_bytes_in_flight_ -= it->second.num_layers * tiers_->layout.slice_stride();
     trace_->Add(TraceKind::kReadEnd, fill->sequence, it->second.first_layer, it->second.num_layers,
                 fill->source.slot());
   }

@@ -127,6 +127,7 @@ class Preloader {
   std::unordered_map<const Copy*, FillRef> fills_;  // of shared copies
   std::vector<std::weak_ptr<Fill>> private_fills_;  // for the invariants alone
   uint32_t num_reads_in_flight_ = 0;
+  uint64_t read_bytes_in_flight_ = 0;
   uint32_t num_loads_in_flight_ = 0;
   uint32_t num_late_ = 0;  // of started_
   uint32_t num_quarantined_ = 0;
