@@ -70,6 +70,7 @@ class AttentionStore:
         dram_reserve: float,
         io: str,  # 'auto', 'uring', 'threads'
         io_depth: int,
+        io_deadline_us: int,
         poison: bool,
         progress: Callable[[int, int], None] | None,
     ) -> None: ...

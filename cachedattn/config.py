@@ -38,6 +38,8 @@ class StoreConfig:
     tenant_quota: what one tenant's KV takes at most of DRAM, and of SSD; 0 for no limit. Running
     requests count, but are not refused.
     encrypt: file with a master key (`cachedattn keygen`); the SSD tier is encrypted under it.
+    io_deadline: seconds after which the disk is not waited for any more.
+    debug_poison: free slots hold NaN, so that a stray read shows; for tests, slow.
     """
 
     dram: int | str = "1GiB"
@@ -50,7 +52,9 @@ class StoreConfig:
     policy: str = "lookahead"
     dram_reserve: float = 0.1  # share of the DRAM slots kept free
     io: str = "auto"
-    io_depth: int = 64
+    io_depth: int = 256
+    io_deadline: float = 2.0
+    debug_poison: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dram", "ssd", "device", "tenant_quota"):
@@ -73,6 +77,8 @@ class StoreConfig:
             raise ValueError(f"dram_reserve must be in [0, 1), not {self.dram_reserve}")
         if not 1 <= self.io_depth <= 4096:
             raise ValueError(f"io_depth must be in [1, 4096], not {self.io_depth}")
+        if not 0.001 <= self.io_deadline <= 3600:
+            raise ValueError(f"io_deadline must be in [0.001, 3600], not {self.io_deadline}")
 
 
 @dataclass(frozen=True)

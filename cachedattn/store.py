@@ -52,6 +52,8 @@ class AttentionStore:
             dram_reserve=config.dram_reserve,
             io=config.io,
             io_depth=config.io_depth,
+            io_deadline_us=round(config.io_deadline * 1e6),
+            poison=config.debug_poison,
             progress=progress,
         )
         self._closed = False

@@ -157,6 +157,7 @@ std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, u
                                    uint64_t tenant_quota_bytes, const std::string& path,
                                    const std::string& master_key_file, const std::string& policy,
                                    double dram_reserve, const std::string& io, uint32_t io_depth,
+                                   int64_t io_deadline_us, bool poison,
                                    const py::object& progress) {
   StoreOptions options;
   options.layout = {num_layers, num_kv_heads, head_dim, block_size, ParseDType(dtype)};
@@ -175,6 +176,8 @@ std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, u
   options.dram_reserve = dram_reserve;
   options.io = ParseIo(io);
   options.io_depth = io_depth;
+  options.io_deadline_us = io_deadline_us;
+  options.poison = poison;
   options.progress = WrapProgress(progress);
   auto opened = [&] {
     py::gil_scoped_release release;
@@ -349,7 +352,8 @@ void BindStore(py::module_& module) {
            py::arg("model_name"), py::arg("device_bytes"), py::arg("dram_bytes"),
            py::arg("ssd_bytes"), py::arg("tenant_quota_bytes"), py::arg("path"),
            py::arg("master_key_file"), py::arg("policy"), py::arg("dram_reserve"), py::arg("io"),
-           py::arg("io_depth"), py::arg("progress") = py::none())
+           py::arg("io_depth"), py::arg("io_deadline_us"), py::arg("poison"),
+           py::arg("progress") = py::none())
       .def_property_readonly("handle",
                              [](PyStore& self) {
                                self.get();
