@@ -81,8 +81,9 @@ class Checker {
 
 CheckReport Checker::Run() {
   CheckSuperblocks();
+  // With one copy alone nobody knows whether the other one was newer, and not clean.
+  if (superblock_.clean != 0 && report_.damage.empty()) ReadIndex();
   CheckSize();
-  if (superblock_.clean != 0) ReadIndex();
 
   std::vector<SlotId> used;
   for (SlotId slot = 0; slot < expected_.size(); ++slot) {

@@ -190,8 +190,8 @@ TEST_P(StoreFaultTest, ASequenceMayOutliveItsStoreWithLoadsUnderWay) {
 
 TEST_P(StoreFaultTest, ALayerComputesWhileTheNextIsBeingRead) {
   const auto store = OpenOnSsd();
-  // Groups of layers: {0}, {1, 2}, {3}. Layer 0 of the five blocks passes, the rest is held.
-  plan_.Add({.op = IoOp::kRead, .kind = FaultKind::kHold, .skip = 5, .count = 10});
+  // Each layer is a group. Layer 0 of the five blocks passes, the rest is held.
+  plan_.Add({.op = IoOp::kRead, .kind = FaultKind::kHold, .skip = 5, .count = 15});
   store->EnableTrace(true);
   Turn turn(store.get(), tokens_ + tokens_);
   ASSERT_TRUE(turn.Begin());
@@ -199,7 +199,7 @@ TEST_P(StoreFaultTest, ALayerComputesWhileTheNextIsBeingRead) {
   for (uint32_t layer = 0; layer < store->layout().num_layers; ++layer) {
     ASSERT_TRUE(turn.sequence()->WaitLayer(layer).ok());
     if (layer == 0) {
-      EXPECT_EQ(plan_.fired(), 10u) << "all other reads have started";
+      EXPECT_EQ(plan_.fired(), 15u) << "all other reads have started";
       EXPECT_TRUE(turn.sequence()->loading());
     }
     turn.CheckLayer(layer, static_cast<uint32_t>(tokens_.size()));
@@ -217,7 +217,7 @@ TEST_P(StoreFaultTest, ALayerComputesWhileTheNextIsBeingRead) {
       ++reads_during_compute;
     }
   }
-  EXPECT_EQ(reads_during_compute, 10u);
+  EXPECT_EQ(reads_during_compute, 15u);
 }
 
 TEST_P(StoreFaultTest, SavesLeaveWhileLaterLayersCompute) {
