@@ -107,9 +107,9 @@ def check_store(
 ) -> dict[str, object]:
     """`checked` (blocks looked at), `damage` (dicts of slot, key, what; slot None: no slot, key
     None: not known), `indexed` (the index of a clean close said what each slot holds) and
-    `erased` (blocks of tenants whose key is gone). Takes no lock, writes nothing. StoreError: `deep`
-    without the master key of an encrypted store. An exception of `progress`, and Ctrl-C, end it.
-    """
+    `erased` (blocks of tenants whose key is gone). Takes no lock, writes nothing. StoreError:
+    `deep` without the master key of an encrypted store. An exception of `progress`, and Ctrl-C,
+    end it."""
 
 def erase_tenant(path: str, master_key_file: str, tenant: str) -> bool:
     """Drops a tenant's key from a store that nobody has open; False: there is none."""

@@ -48,35 +48,11 @@ Tier ParseTier(const std::string& name) {
   RaiseChoice("tier", name, "'device', 'dram', 'ssd'");
 }
 
-const char* TraceName(TraceKind kind) {
-  switch (kind) {
-    case TraceKind::kReadStart:
-      return "read_start";
-    case TraceKind::kReadEnd:
-      return "read_end";
-    case TraceKind::kLoadStart:
-      return "load_start";
-    case TraceKind::kLoadEnd:
-      return "load_end";
-    case TraceKind::kSaveStart:
-      return "save_start";
-    case TraceKind::kSaveEnd:
-      return "save_end";
-    case TraceKind::kWriteStart:
-      return "write_start";
-    case TraceKind::kWriteEnd:
-      return "write_end";
-    case TraceKind::kWaitStart:
-      return "wait_start";
-    case TraceKind::kWaitEnd:
-      return "wait_end";
-    case TraceKind::kComputeEnd:
-      return "compute_end";
-    case TraceKind::kEvict:
-      return "evict";
-  }
-  return "unknown";
-}
+// In the order of TraceKind.
+constexpr const char* kTraceNames[] = {"read_start", "read_end", "load_start",  "load_end",
+                                       "save_start", "save_end", "write_start", "write_end",
+                                       "wait_start", "wait_end", "compute_end", "evict"};
+static_assert(std::size(kTraceNames) == static_cast<size_t>(TraceKind::kEvict) + 1);
 
 py::array_t<TokenId> ToArray(std::span<const TokenId> values) {
   return py::array_t<TokenId>(static_cast<py::ssize_t>(values.size()), values.data());
@@ -275,7 +251,9 @@ void BindValues(py::module_& module) {
       });
   py::class_<TraceEvent>(module, "TraceEvent")
       .def_readonly("time_ns", &TraceEvent::time_ns)
-      .def_property_readonly("kind", [](const TraceEvent& self) { return TraceName(self.kind); })
+      .def_property_readonly(
+          "kind",
+          [](const TraceEvent& self) { return kTraceNames[static_cast<size_t>(self.kind)]; })
       .def_readonly("sequence", &TraceEvent::sequence)
       .def_readonly("first_layer", &TraceEvent::first_layer)
       .def_readonly("num_layers", &TraceEvent::num_layers)
