@@ -29,10 +29,7 @@ struct FileHead {
 static_assert(sizeof(FileHead) == 32);
 constexpr uint64_t kEntryBytes = 76;  // tenant 16, nonce 12, wrapped key 32, tag 16
 constexpr uint64_t kSumBytes = 8;
-
-constexpr uint64_t FileBytes(uint64_t count) {
-  return sizeof(FileHead) + count * kEntryBytes + kSumBytes;
-}
+static_assert(KeyRing::FileBytes(3) == sizeof(FileHead) + 3 * kEntryBytes + kSumBytes);
 
 std::string_view Text(std::span<const uint8_t> bytes) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};

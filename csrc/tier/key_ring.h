@@ -22,6 +22,8 @@ using Salt = std::array<uint8_t, 16>;
 class CA_API KeyRing {
  public:
   static constexpr uint32_t kMaxTenants = 1 << 16;
+  // The length of the file `tenants`.
+  static constexpr uint64_t FileBytes(uint64_t tenants) { return 40 + tenants * 76; }
 
   // Reads the master key: 32 bytes, or 64 hexadecimal digits. kIo with the errno text or what the
   // file's mode, owner or kind allows others; kInvalidArgument: not a key.

@@ -2,7 +2,8 @@
 //
 //   store_sim --mode=hostile|honest [--n=N] [--seed=S] [--processes=P]
 //
-// Runs the schedules of the seeds S, S + 1, ... and ends with one line. A hostile disk also lies;
+// Runs the schedules of the seeds S, S + 1, ... and ends with one line. One store in four is
+// encrypted; a tag that does not fit counts as a checksum. A hostile disk also lies;
 // no turn may ever read a wrong byte. An honest disk reports what fails; then no checksum may ever
 // fail either. Exit status 1: something was wrong, or a kind of fault never fired in many runs.
 #include <sys/mman.h>
@@ -31,7 +32,7 @@ struct Arguments {
 
 // What a process has found, in memory that its parent sees.
 struct Tally {
-  uint64_t schedules, wrong, checksum_failures, failed_turns;
+  uint64_t schedules, encrypted, wrong, checksum_failures, failed_turns;
   uint64_t hits[kNumTiers];
   uint64_t fired[kNumDiskFaults];
   uint64_t running_seed;  // for a run that ends in an abort
@@ -48,12 +49,14 @@ void PrintFailure(const Arguments& arguments, uint64_t seed, const char* what) {
 void RunSchedules(const Arguments& arguments, uint32_t process, Tally* tally) {
   SimClock clock;
   SimDisk disk(&clock);
+  SimKeys keys;
   for (uint64_t i = process; i < arguments.schedules; i += arguments.processes) {
     const uint64_t seed = arguments.seed + i;
     tally->running_seed = seed;
-    SimWorld world(RandomWorld(seed, arguments.hostile), &clock, &disk);
-    const WorldReport report = world.Play();
+    const WorldOptions options = RandomWorld(seed, arguments.hostile);
+    const WorldReport report = SimWorld(options, &clock, &disk, &keys).Play();
     ++tally->schedules;
+    tally->encrypted += options.encrypt && options.ssd != 0;
     tally->checksum_failures += report.checksum_failures;
     tally->failed_turns += report.failed_turns;
     for (uint32_t t = 0; t < kNumTiers; ++t) tally->hits[t] += report.hits[t];
@@ -100,6 +103,7 @@ Tally Sum(const Arguments& arguments, const Tally* tallies) {
   Tally sum{};
   for (uint32_t p = 0; p < arguments.processes; ++p) {
     sum.schedules += tallies[p].schedules;
+    sum.encrypted += tallies[p].encrypted;
     sum.wrong += tallies[p].wrong;
     sum.checksum_failures += tallies[p].checksum_failures;
     sum.failed_turns += tallies[p].failed_turns;
@@ -111,9 +115,10 @@ Tally Sum(const Arguments& arguments, const Tally* tallies) {
 
 // Prints the line; false when a kind of fault or a tier was left out.
 bool PrintLine(const Arguments& arguments, const Tally& sum) {
-  bool complete = true;
-  std::printf("schedules=%llu wrong=%llu checksum=%llu faults=",
+  bool complete = sum.encrypted != 0;
+  std::printf("schedules=%llu encrypted=%llu wrong=%llu checksum=%llu faults=",
               static_cast<unsigned long long>(sum.schedules),
+              static_cast<unsigned long long>(sum.encrypted),
               static_cast<unsigned long long>(sum.wrong),
               static_cast<unsigned long long>(sum.checksum_failures));
   for (uint32_t f = 0; f < kNumDiskFaults; ++f) {
@@ -172,7 +177,9 @@ int Main(int argc, char** argv) {
   const bool ended = RunProcesses(arguments, tallies);
   const Tally sum = Sum(arguments, tallies);
   const bool complete = PrintLine(arguments, sum);
-  if (!complete) std::fprintf(stderr, "a kind of fault never fired, or a tier was never hit\n");
+  if (!complete)
+    std::fprintf(stderr,
+                 "a kind of fault never fired, a tier was never hit, or no store was encrypted\n");
   return ended && complete && sum.wrong == 0 ? 0 : 1;
 }
 

@@ -74,12 +74,14 @@ WorldOptions RandomWorld(uint64_t seed, bool hostile) {
   options.poison = random.OneIn(2);
   RandomFaults(&random, hostile, &options.faults);
   options.quota = random.OneIn(3) ? 2 + random.Below(10) : 0;
+  options.encrypt = random.OneIn(4);
   return options;
 }
 
-SimWorld::SimWorld(const WorldOptions& options, SimClock* clock, SimDisk* disk)
-    : options_(options), clock_(clock), disk_(disk), random_(options.seed) {
+SimWorld::SimWorld(const WorldOptions& options, SimClock* clock, SimDisk* disk, SimKeys* keys)
+    : options_(options), clock_(clock), disk_(disk), keys_(keys), random_(options.seed) {
   disk_->Format(options.seed, options.hostile);
+  if (options.encrypt) keys_->Format(options.seed);
   store_options_.layout = options.layout;
   store_options_.identity.bytes[3] = 9;
   store_options_.model_name = "simulated";
@@ -96,8 +98,9 @@ SimWorld::SimWorld(const WorldOptions& options, SimClock* clock, SimDisk* disk)
   store_options_.poison = options.poison;
   store_options_.io_deadline_us = options.deadline_us;
   store_options_.clock = clock;
+  for (uint32_t i = 1; i <= options.tenants; ++i) tenants_.emplace_back(i, 't');
   for (uint32_t i = 0; i < options.conversations; ++i) {
-    conversations_.push_back({std::string(1 + i % options.tenants, 't'), {}, nullptr});
+    conversations_.push_back({tenants_[i % options.tenants], {}, nullptr});
   }
 }
 
@@ -117,22 +120,32 @@ bool SimWorld::Harmless() const {
   return true;
 }
 
+Status SimWorld::OpenTier(std::unique_ptr<SsdTier>* ssd) {
+  auto file = disk_->OpenFile();
+  if (!file.ok()) return file.status();
+  SsdOptions options{.directory = "simulated",
+                     .layout = store_options_.layout,
+                     .identity = store_options_.identity,
+                     .model_name = store_options_.model_name,
+                     .max_bytes = store_options_.ssd_bytes,
+                     .io = {.depth = options_.io_depth},
+                     .io_deadline_us = options_.deadline_us,
+                     .clock = clock_};
+  if (options_.encrypt) {
+    options.directory = keys_->directory();
+    options.keys = keys_->Load();
+  }
+  auto tier = SsdTier::OpenOn(options, std::move(file.value()));
+  if (!tier.ok()) return tier.status();
+  *ssd = std::move(tier.value());
+  if (options_.encrypt) keys_->Settle(options.keys.get(), options.identity, tenants_);
+  return Status();
+}
+
 Status SimWorld::TryOpen() {
   std::unique_ptr<SsdTier> ssd;
   if (options_.ssd != 0) {
-    auto file = disk_->OpenFile();
-    if (!file.ok()) return file.status();
-    const SsdOptions ssd_options{.directory = "simulated",
-                                 .layout = store_options_.layout,
-                                 .identity = store_options_.identity,
-                                 .model_name = store_options_.model_name,
-                                 .max_bytes = store_options_.ssd_bytes,
-                                 .io = {.depth = options_.io_depth},
-                                 .io_deadline_us = options_.deadline_us,
-                                 .clock = clock_};
-    auto tier = SsdTier::OpenOn(ssd_options, std::move(file.value()));
-    if (!tier.ok()) return tier.status();
-    ssd = std::move(tier.value());
+    if (Status status = OpenTier(&ssd); !status.ok()) return status;
   }
   auto copy = std::make_unique<SimCopyEngine>(clock_, random_.Next());
   auto store = OpenStoreOn(store_options_, std::move(ssd), std::move(copy));
@@ -161,7 +174,11 @@ void SimWorld::Open() {
     if (status.ok()) return;
     if (Harmless()) break;
     AwaitLate();
-    if (status.code() == Code::kCorrupt && options_.hostile) disk_->Erase();
+    // A file that was lost is made anew, and then the tenants' keys are those of another store.
+    const bool other = options_.encrypt && status.code() == Code::kMismatch;
+    if (!options_.hostile || (status.code() != Code::kCorrupt && !other)) continue;
+    disk_->Erase();
+    if (options_.encrypt) keys_->Erase();
   }
   Wrong("the store does not open: " + status.message());
 }

@@ -10,6 +10,7 @@
 #include "csrc/store/open_store.h"
 #include "tests/native/testing/player.h"
 #include "tests/native/testing/sim_disk.h"
+#include "tests/native/testing/sim_keys.h"
 
 namespace cachedattn {
 
@@ -29,6 +30,7 @@ struct WorldOptions {
   uint32_t crash_chance = 0, reopen_chance = 10;  // of 1000 steps
   int64_t deadline_us = 20'000;
   bool poison = true;
+  bool encrypt = false;
   DiskFaults faults;
 };
 
@@ -44,8 +46,9 @@ struct WorldReport {
 
 class SimWorld {
  public:
-  // `disk` is formatted, and keeps the counts of the faults that fired.
-  SimWorld(const WorldOptions& options, SimClock* clock, SimDisk* disk);
+  // `disk` is formatted, and keeps the counts of the faults that fired; `keys` too, which only an
+  // encrypted world needs.
+  SimWorld(const WorldOptions& options, SimClock* clock, SimDisk* disk, SimKeys* keys = nullptr);
 
   // Once. Afterwards the store is closed.
   WorldReport Play();
@@ -60,6 +63,7 @@ class SimWorld {
   bool right() const { return report_.wrong.empty(); }
   void Wrong(const std::string& what);
   void Allow(int64_t us);
+  Status OpenTier(std::unique_ptr<SsdTier>* ssd);
   Status TryOpen();
   void AwaitLate();
   void Open();
@@ -81,9 +85,11 @@ class SimWorld {
   const WorldOptions options_;
   SimClock* const clock_;
   SimDisk* const disk_;
+  SimKeys* const keys_;
   SimRandom random_;
   StoreOptions store_options_;
   std::unique_ptr<AttentionStore> store_;
+  std::vector<std::string> tenants_;
   std::vector<Conversation> conversations_;
   uint32_t next_token_ = 100;
   bool damaged_ = false;  // a fault has fired, or the power has failed
