@@ -10,6 +10,8 @@ namespace {
 // behind at most this much: some milliseconds of a disk's time.
 constexpr uint64_t kMaxBytesInFlight = 24 << 20;
 constexpr uint64_t kMaxWritesInFlight = 16;
+// One DRAM slot in so many: a disk that hangs keeps them.
+constexpr uint64_t kDramShare = 8;
 
 constexpr int64_t kRestNs = 30'000'000'000;
 
@@ -20,8 +22,10 @@ WriteBehind::WriteBehind(Tiers* tiers, Directory* directory, Trace* trace, const
       directory_(directory),
       trace_(trace),
       clock_(clock),
-      max_in_flight_(static_cast<uint32_t>(std::clamp<uint64_t>(
-          kMaxBytesInFlight / tiers->layout.payload_bytes(), 2, kMaxWritesInFlight))) {}
+      max_in_flight_(static_cast<uint32_t>(std::max<uint64_t>(
+          std::min({kMaxBytesInFlight / tiers->layout.payload_bytes(), kMaxWritesInFlight,
+                    tiers->dram->slots().capacity() / kDramShare}),
+          2))) {}
 
 bool WriteBehind::NeverWritten(const Block& block) const {
   const KeyRing* keys = tiers_->keys();

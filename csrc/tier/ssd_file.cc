@@ -15,13 +15,6 @@ namespace {
 
 constexpr int64_t kSyncDeadlines = 15;  // a flush may have much to write
 
-void SetCounters(const StoreCounters& counters, Superblock* superblock) {
-  superblock->turns = counters.turns;
-  superblock->tokens_requested = counters.tokens_requested;
-  superblock->tokens_from = {counters.tokens_from_device, counters.tokens_from_dram,
-                             counters.tokens_from_ssd};
-}
-
 struct Abandoned {
   pid_t process;
   AlignedBytes pages;
@@ -100,33 +93,32 @@ Status SsdFile::Move(IoOp op, uint64_t offset, std::byte* data, uint32_t size) {
 
 Status SsdFile::Open(std::unique_ptr<BlockFile> file) {
   const uint32_t num_slots = SlotsWithin(options_.layout, options_.max_bytes);
-  const bool empty = file->size() == 0;
-  Status status = empty ? Status() : OpenReadOnly(std::move(file));
-  if (!empty) {
+  const bool create = !options_.read_only && file->size() == 0;
+  Status status = create ? Take(std::move(file)) : OpenReadOnly(std::move(file));
+  if (create) {
+    if (status.ok()) status = Create(num_slots);
+  } else {
     if (status.ok()) status = CheckMatch();
     if (status.ok()) status = ReadIndex();
-    if (status.ok()) status = Resize(num_slots);
-    return status;
   }
-  file_ = std::move(file);
-  Result<std::unique_ptr<IoEngine>> engine = file_->OpenEngine(options_.io);
-  if (!engine.ok()) return engine.status();
-  engine_ = std::move(engine.value());
-  pages_ = AllocatePages(num_pages() * kPage);
-  status = Create(num_slots);
-  if (status.ok()) status = Resize(num_slots);
+  if (status.ok() && !options_.read_only) status = Resize(num_slots);
   // Else the next try would find half a file.
-  if (!status.ok()) (void)file_->Resize(0);
+  if (!status.ok() && create) (void)file_->Resize(0);
   return status;
 }
 
 Status SsdFile::OpenReadOnly(std::unique_ptr<BlockFile> file) {
+  const Status status = Take(std::move(file));
+  return status.ok() ? Load() : status;
+}
+
+Status SsdFile::Take(std::unique_ptr<BlockFile> file) {
   file_ = std::move(file);
   Result<std::unique_ptr<IoEngine>> engine = file_->OpenEngine(options_.io);
   if (!engine.ok()) return engine.status();
   engine_ = std::move(engine.value());
   pages_ = AllocatePages(num_pages() * kPage);
-  return Load();
+  return Status();
 }
 
 // Takes the newest valid superblock copy.
@@ -351,6 +343,13 @@ Status SsdFile::Sync(const StoreCounters& counters, std::span<const ScannedBlock
   if (status.ok()) status = WriteSuperblock();
   if (status.ok()) status = Move(IoOp::kSync, 0, nullptr, 0);
   return status;
+}
+
+Result<std::unique_ptr<SsdTier>> SsdTier::Open(const SsdOptions& options) {
+  if (Status status = options.Validate(); !status.ok()) return status;
+  auto file = OpenStoreFile(options.directory, options.read_only);
+  if (!file.ok()) return file.status();
+  return OpenOn(options, std::move(file.value()));
 }
 
 Result<SsdInfo> ReadSsdInfo(const std::string& directory) {

@@ -26,13 +26,12 @@ class SsdFile {
   // A request of this object, into its pages, was given up.
   void SetHung() { hung_ = true; }
 
-  // Takes the file and reads its superblock, or writes one into an empty file; brings the file to
-  // the size that the options ask for. Errors are those of SsdTier::Open.
+  // Takes the file and reads its superblock and index. To write: makes a store of an empty file,
+  // and brings it to the size that the options ask for. Errors are those of SsdTier::Open.
   Status Open(std::unique_ptr<BlockFile> file);
   // Reads the superblock of a store of any model; writes nothing.
   Status OpenReadOnly(std::unique_ptr<BlockFile> file);
-  Status CheckMatch() const;
-  Status CheckKey() const;  // the part of it that is about encryption
+  Status CheckKey() const;  // against options.keys, as Open does
   Status ReadIndex();       // where there is one
 
   IoEngine& engine() { return *engine_; }
@@ -52,6 +51,8 @@ class SsdFile {
   Status Sync(const StoreCounters& counters, std::span<const ScannedBlock> blocks);
 
  private:
+  Status Take(std::unique_ptr<BlockFile> file);
+  Status CheckMatch() const;
   Status Move(IoOp op, uint64_t offset, std::byte* data, uint32_t size);
   Status Load();
   Status Create(uint32_t num_slots);

@@ -72,6 +72,13 @@ StoreCounters CountersOf(const Superblock& superblock) {
           superblock.tokens_from[1], superblock.tokens_from[2]};
 }
 
+void SetCounters(const StoreCounters& counters, Superblock* superblock) {
+  superblock->turns = counters.turns;
+  superblock->tokens_requested = counters.tokens_requested;
+  superblock->tokens_from = {counters.tokens_from_device, counters.tokens_from_dram,
+                             counters.tokens_from_ssd};
+}
+
 SliceSeal SliceSum(const Uuid& uuid, const BlockKey& key, uint32_t layer,
                    std::span<const std::byte> slice) {
   struct {

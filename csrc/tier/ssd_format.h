@@ -112,6 +112,7 @@ bool IsSealed(const Superblock& superblock);  // magic and checksum hold; any ve
 KvLayout LayoutOf(const Superblock& superblock);
 std::string NameOf(const Superblock& superblock);
 StoreCounters CountersOf(const Superblock& superblock);
+void SetCounters(const StoreCounters& counters, Superblock* superblock);
 
 // The sum of layer `layer`: `slice` is its bytes without the padding.
 SliceSeal SliceSum(const Uuid& uuid, const BlockKey& key, uint32_t layer,

@@ -16,6 +16,9 @@ namespace {
 
 constexpr uint8_t kMaxTries = 16;  // of an operation that EAGAIN or EINTR sends back
 
+// So many operations at a time: while the engine has its fill, as many wait behind it.
+uint32_t NumOps(const IoEngine& engine) { return 2 * engine.depth(); }
+
 class SsdTierImpl : public SsdTier {
  public:
   SsdTierImpl(const SsdOptions& options, std::unique_ptr<SsdFile> file,
@@ -28,7 +31,7 @@ class SsdTierImpl : public SsdTier {
         file_(std::move(file)),
         engine_(file_->engine()),
         queue_(&engine_),
-        ops_(2 * engine_.depth()) {
+        ops_(NumOps(engine_)) {
     why_ = engine_.why();
     why_ +=
         file_->file().direct() ? ", O_DIRECT" : ", page cache (the file system refuses O_DIRECT)";
@@ -385,26 +388,12 @@ Result<std::unique_ptr<SsdTier>> SsdTier::OpenOn(const SsdOptions& options,
   Status status = options.Validate();
   if (!status.ok()) return status;
   auto opened = std::make_unique<SsdFile>(options);
-  if (options.read_only) {
-    status = opened->OpenReadOnly(std::move(file));
-    if (status.ok()) status = opened->CheckMatch();
-    if (status.ok()) status = opened->ReadIndex();
-  } else {
-    status = opened->Open(std::move(file));
-  }
+  status = opened->Open(std::move(file));
   if (!status.ok()) return status;
-  auto cipher = BlockCipher::Open(options, opened->superblock().uuid, opened->engine().depth());
+  auto cipher = BlockCipher::Open(options, opened->superblock().uuid, NumOps(opened->engine()));
   if (!cipher.ok()) return cipher.status();
   return std::unique_ptr<SsdTier>(
       std::make_unique<SsdTierImpl>(options, std::move(opened), std::move(cipher.value())));
-}
-
-Result<std::unique_ptr<SsdTier>> SsdTier::Open(const SsdOptions& options) {
-  Status status = options.Validate();
-  if (!status.ok()) return status;
-  auto file = OpenStoreFile(options.directory, options.read_only);
-  if (!file.ok()) return file.status();
-  return OpenOn(options, std::move(file.value()));
 }
 
 }  // namespace cachedattn

@@ -34,6 +34,7 @@ class SimDiskTest : public ::testing::Test {
   }
 
   SimClock clock_;
+  SimKeys keys_;
   SimDisk disk_{&clock_};
   SsdOptions options_ = SmallStore("simulated");
 };
@@ -65,7 +66,7 @@ TEST_F(SimDiskTest, ASeedRepeatsARun) {
     int64_t took[2];
     for (int run = 0; run < 2; ++run) {
       const int64_t start = clock_.NowNs();
-      const WorldReport report = SimWorld(RandomWorld(seed, true), &clock_, &disk_).Play();
+      const WorldReport report = SimWorld(RandomWorld(seed, true), &clock_, &disk_, &keys_).Play();
       EXPECT_EQ(report.wrong, "");
       requests[run] = disk_.num_requests();
       failed[run] = report.failed_turns;

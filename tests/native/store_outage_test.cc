@@ -309,8 +309,8 @@ TEST_P(StoreOutageTest, TheLastSequenceClosesAnAbandonedStore) {
 TEST_P(StoreOutageTest, AFailedLayerCostsItsOwnSequenceTheStepAndNobodyElse) {
   const auto store = OpenOnSsd();
   PlayTurn(store.get(), MakeTokens(2 * kBlock, 8));
-  // Groups of layers: {0}, {1, 2}, {3}. The last group of the tail does not come in time.
-  Hold(IoOp::kRead, 14, 1);
+  // Each layer is a group of its own. The last one of the tail does not come in time.
+  Hold(IoOp::kRead, 19, 1);
   Turn good(store.get(), MakeTokens(3 * kBlock, 9));
   Turn bad(store.get(), tokens_ + tokens_);
   ASSERT_TRUE(good.Begin());
