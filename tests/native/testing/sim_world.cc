@@ -354,6 +354,7 @@ void SimWorld::ReadAll() {
       if (status.ok()) break;
       const bool busy = status.code() == Code::kExhausted;
       if (busy) clock_->Advance(options_.deadline_us * 1000);
+      store_->Poll();  // loads of turns that have ended hold slots until they land
       if (tries >= 20 || (!busy && !options_.hostile)) Wrong("without faults: " + status.message());
     }
   }
