@@ -2,12 +2,15 @@
 // written again byte for byte; others are refused.
 //   vN_new.gz   an empty store, as it is made (its uuid is random, and all sums depend on it)
 //   vN.gz       the same one after `WriteAll`
-// golden_test --make writes those of this format: only together with a new kSsdVersion, before a
-// format's first release, or when the KV of testing/player.h, which is in them, has changed.
+//   vN_encrypted.gz, vN_encrypted.tenants   an encrypted one, which is read only: no two are alike
+// golden_test --make and --make-encrypted write those of this format: only together with a new
+// kSsdVersion, before a format's first release, or when the KV of testing/player.h, which is in
+// them, has changed.
 #include <filesystem>
 #include <iterator>
 
 #include "tests/native/testing/ledger.h"
+#include "tests/native/testing/master_key.h"
 #include "tests/native/testing/ssd_fixture.h"
 #include "tests/native/testing/temp_dir.h"
 
@@ -18,6 +21,7 @@ namespace fs = std::filesystem;
 
 const std::string kFolder = CACHEDATTN_GOLDEN;
 const std::string kVersion = "v" + std::to_string(kSsdVersion);
+const std::string kEncrypted = kVersion + "_encrypted";
 constexpr uint32_t kSlots = 16;
 
 StoreOptions Options(const std::string& path) {
@@ -25,6 +29,14 @@ StoreOptions Options(const std::string& path) {
   options.layout = {2, 1, 8, kBlock, DType::kBFloat16};
   options.dram_bytes = 24 * options.layout.host_slot_bytes();
   options.ssd_bytes = SsdFileBytes(options.layout, kSlots);
+  return options;
+}
+
+// Of the encrypted store `dir`/kv.
+StoreOptions EncryptedOptions(const TempDir& dir) {
+  StoreOptions options = Options(dir / "kv");
+  options.master_key_file = dir / "key";
+  WriteMasterKey(options.master_key_file);
   return options;
 }
 
@@ -54,8 +66,8 @@ std::vector<Conversation> Conversations() {
 }
 
 // What the golden store holds: written in this order, on a store that is empty.
-void WriteAll(const std::string& path) {
-  auto store = MustOpenStore(Options(path));
+void WriteAll(const StoreOptions& options) {
+  auto store = MustOpenStore(options);
   for (const Conversation& conversation : Conversations()) {
     EXPECT_EQ(PlayThrough(store.get(), conversation.tokens, conversation.truncation) % kBlock, 0u);
     store->Flush();
@@ -64,11 +76,9 @@ void WriteAll(const std::string& path) {
   ASSERT_TRUE(store->Close().ok());
 }
 
-TEST(Golden, IsReadRight) {
-  TempDir dir;
-  Unpack(kVersion, dir / "kv");
-  EXPECT_TRUE(ReadSsdInfo(dir / "kv").value().clean);
-  auto store = MustOpenStore(Options(dir / "kv"));
+void ReadAll(const StoreOptions& options) {
+  EXPECT_TRUE(ReadSsdInfo(options.path).value().clean);
+  auto store = MustOpenStore(options);
   for (const Conversation& conversation : Conversations()) {
     const Tokens longer = conversation.tokens + MakeTokens(1, 9);
     EXPECT_EQ(PlayThrough(store.get(), longer, conversation.truncation),
@@ -78,11 +88,28 @@ TEST(Golden, IsReadRight) {
   EXPECT_EQ(store->stats().checksum_failures, 0u);
 }
 
+TEST(Golden, IsReadRight) {
+  TempDir dir;
+  Unpack(kVersion, dir / "kv");
+  ReadAll(Options(dir / "kv"));
+}
+
+TEST(Golden, TheEncryptedOneIsReadRight) {
+  TempDir dir;
+  Unpack(kEncrypted, dir / "kv");
+  const std::string tenants = dir / "kv/tenants";
+  fs::copy_file(kFolder + "/" + kEncrypted + ".tenants", tenants);
+  fs::permissions(tenants, fs::perms::owner_read | fs::perms::owner_write);
+  EXPECT_TRUE(ReadSsdInfo(dir / "kv").value().encrypted);
+  EXPECT_EQ(AttentionStore::Open(Options(dir / "kv")).status().code(), Code::kMismatch);
+  ReadAll(EncryptedOptions(dir));
+}
+
 TEST(Golden, ThisBuildWritesTheSameBytes) {
   TempDir dir;
   Unpack(kVersion + "_new", dir / "kv");
   Unpack(kVersion, dir / "golden");
-  WriteAll(dir / "kv");
+  WriteAll(Options(dir / "kv"));
   const std::string written = Bytes(BlocksFile(dir / "kv"));
   const std::string golden = Bytes(BlocksFile(dir / "golden"));
   ASSERT_EQ(written.size(), golden.size());
@@ -113,7 +140,7 @@ TEST(Golden, OtherFormatsAreRefused) {
   uint32_t others = 0;
   for (const auto& entry : fs::directory_iterator(kFolder)) {
     const std::string name = entry.path().stem();
-    if (name.starts_with(kVersion)) continue;
+    if (name.starts_with(kVersion) || entry.path().extension() != ".gz") continue;
     ++others;
     SCOPED_TRACE(name);
     TempDir dir;
@@ -127,17 +154,26 @@ TEST(Golden, OtherFormatsAreRefused) {
   if (others == 0) GTEST_SKIP() << "skip: this is the first format";
 }
 
+bool Pack(const std::string& path, const std::string& name) {
+  const std::string command =
+      "gzip -9nc '" + BlocksFile(path) + "' > '" + kFolder + "/" + name + ".gz'";
+  return std::system(command.c_str()) == 0;
+}
+
 int Make() {
   TempDir dir;
-  const auto pack = [&](const std::string& name) {
-    const std::string command =
-        "gzip -9nc '" + BlocksFile(dir / "kv") + "' > '" + kFolder + "/" + name + ".gz'";
-    return std::system(command.c_str()) == 0;
-  };
   MustOpenStore(Options(dir / "kv")).reset();
-  if (!pack(kVersion + "_new")) return 1;
-  WriteAll(dir / "kv");
-  return pack(kVersion) ? 0 : 1;
+  if (!Pack(dir / "kv", kVersion + "_new")) return 1;
+  WriteAll(Options(dir / "kv"));
+  return Pack(dir / "kv", kVersion) ? 0 : 1;
+}
+
+int MakeEncrypted() {
+  TempDir dir;
+  WriteAll(EncryptedOptions(dir));
+  fs::copy_file(dir / "kv/tenants", kFolder + "/" + kEncrypted + ".tenants",
+                fs::copy_options::overwrite_existing);
+  return Pack(dir / "kv", kEncrypted) ? 0 : 1;
 }
 
 }  // namespace
@@ -145,6 +181,8 @@ int Make() {
 
 int main(int argc, char** argv) {
   ::testing::InitGoogleTest(&argc, argv);
-  if (argc == 2 && std::string(argv[1]) == "--make") return cachedattn::Make();
+  const std::string argument = argc == 2 ? argv[1] : "";
+  if (argument == "--make") return cachedattn::Make();
+  if (argument == "--make-encrypted") return cachedattn::MakeEncrypted();
   return RUN_ALL_TESTS();
 }
