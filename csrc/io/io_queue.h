@@ -20,8 +20,8 @@ class IoQueue {
 
   void Push(const IoRequest& request) { waiting_.push_back(request); }
 
-  // Hands over what the engine has room for.
-  void Submit() {
+  // Hands over what the engine has room for, and says what that was.
+  std::span<const IoRequest> Submit() {
     batch_.clear();
     while (!waiting_.empty() && bytes_ < kMaxBytes &&
            engine_.in_flight() + batch_.size() < engine_.depth()) {
@@ -30,6 +30,7 @@ class IoQueue {
       waiting_.pop_front();
     }
     if (!batch_.empty()) engine_.SubmitAll(batch_);
+    return batch_;
   }
 
   // A request of `size` bytes that was handed over is finished, or so late that it shall take no

@@ -9,6 +9,7 @@
 #include "csrc/io/io_queue.h"
 #include "csrc/tier/block_cipher.h"
 #include "csrc/tier/ssd_file.h"
+#include "csrc/tier/ssd_op.h"
 #include "csrc/tier/ssd_scan.h"
 
 namespace cachedattn {
@@ -71,30 +72,13 @@ class SsdTierImpl : public SsdTier {
   const std::string& io_why() const override { return why_; }
 
  private:
-  // A read piece, a write or a probe. A piece without the header page is `waiting` from its
-  // completion until the header page of its block is there to verify it.
-  struct Op {
-    enum State : uint8_t { kFree, kInFlight, kWaiting } state = kFree;
-    IoOp kind = IoOp::kRead;
-    bool probe = false;
-    SlotId slot = kNoSlot;
-    BlockHeader header;
-    uint32_t first_layer = 0, num_layers = 0;
-    std::byte* host_slot = nullptr;
-    uint64_t tag = 0;
-    bool reread = false;  // a failed read gets one more chance
-    bool late = false;    // the caller knows
-    uint8_t tries = 0;
-    int64_t deadline_ns = 0;
-
-    bool has_header() const { return kind == IoOp::kRead && first_layer == 0 && !probe; }
-  };
+  using Op = SsdOp;
 
   const Uuid& uuid() const { return file_->superblock().uuid; }
-  uint64_t SlotOffset(SlotId slot) const { return kFirstSlot + slot * layout_.host_slot_bytes(); }
-  IoRequest RequestOf(uint32_t index) const;
+  IoRequest RequestOf(uint32_t index) const { return ops_[index].Request(layout_, index); }
   void Start(const Op& op);
   void Submit(uint32_t index);
+  void HandOver();
   void OnCompletion(uint32_t index, int32_t result, std::vector<SsdCompletion>* out);
   void OnProbe(uint32_t index, std::vector<SsdCompletion>* out);
   void OnDeadline(int64_t now_ns, std::vector<SsdCompletion>* out);
@@ -104,7 +88,6 @@ class SsdTierImpl : public SsdTier {
   Status CheckPiece(const Op& op) const;
   bool HeaderInFlight(const std::byte* host_slot) const;
   void Finish(uint32_t index, Status status, std::vector<SsdCompletion>* out);
-  std::string Where(const Op& op) const;
 
   const SsdOptions options_;
   const KvLayout& layout_;
@@ -125,22 +108,20 @@ class SsdTierImpl : public SsdTier {
   uint64_t bytes_read_ = 0, bytes_written_ = 0, checksum_failures_ = 0;
 };
 
-IoRequest SsdTierImpl::RequestOf(uint32_t index) const {
-  const Op& op = ops_[index];
-  if (op.probe) return {op.kind, kScratchOffset, op.host_slot, kPage, index};
-  uint64_t begin = layout_.host_slice_offset(op.first_layer);
-  uint64_t size = op.num_layers * layout_.slice_stride();
-  if (op.first_layer == 0) {  // the header page lies in front of the first layer
-    begin = 0;
-    size += KvLayout::kHeaderBytes;
-  }
-  return {op.kind, SlotOffset(op.slot) + begin, op.host_slot + begin, static_cast<uint32_t>(size),
-          index};
+void SsdTierImpl::Submit(uint32_t index) {
+  ops_[index].state = Op::kQueued;
+  queue_.Push(RequestOf(index));
 }
 
-void SsdTierImpl::Submit(uint32_t index) {
-  ops_[index].state = Op::kInFlight;
-  queue_.Push(RequestOf(index));
+void SsdTierImpl::HandOver() {
+  const std::span<const IoRequest> requests = queue_.Submit();
+  if (requests.empty()) return;
+  const int64_t deadline_ns = clock_.NowNs() + deadline_us_ * 1000;
+  next_deadline_ns_ = std::min(next_deadline_ns_, deadline_ns);
+  for (const IoRequest& request : requests) {
+    ops_[request.tag].state = Op::kInFlight;
+    ops_[request.tag].deadline_ns = deadline_ns;
+  }
 }
 
 void SsdTierImpl::Start(const Op& op) {
@@ -151,7 +132,7 @@ void SsdTierImpl::Start(const Op& op) {
   ops_[index].deadline_ns = clock_.NowNs() + deadline_us_ * 1000;
   next_deadline_ns_ = std::min(next_deadline_ns_, ops_[index].deadline_ns);
   Submit(index);
-  queue_.Submit();
+  HandOver();
 }
 
 void SsdTierImpl::StartWrite(SlotId slot, const BlockHeader& header, std::byte* host_slot,
@@ -213,20 +194,24 @@ void SsdTierImpl::Poll(std::vector<SsdCompletion>* out, int64_t timeout_us) {
       const auto index = static_cast<uint32_t>(finished[i].tag);
       if (!ops_[index].late) queue_.Release(RequestOf(index).size);
     }
-    queue_.Submit();
+    HandOver();
     for (size_t i = 0; i < count; ++i) {
       OnCompletion(static_cast<uint32_t>(finished[i].tag), finished[i].result, out);
     }
     // A full array: more may be finished.
     count = count == finished.size() ? engine_.Poll(finished, 0) : 0;
   }
-  queue_.Submit();
+  HandOver();
   const int64_t after_ns = timeout_us > 0 ? clock_.NowNs() : now_ns;
   if (after_ns >= next_deadline_ns_) OnDeadline(after_ns, out);
 }
 
 void SsdTierImpl::OnDeadline(int64_t now_ns, std::vector<SsdCompletion>* out) {
   next_deadline_ns_ = INT64_MAX;
+  // What is queued fails only behind a disk that hangs, not when it was the caller who was away.
+  const bool hangs = std::any_of(ops_.begin(), ops_.end(), [now_ns](const Op& op) {
+    return op.state == Op::kInFlight && now_ns >= op.deadline_ns;
+  });
   for (uint32_t i = 0; i < ops_.size(); ++i) {
     Op& op = ops_[i];
     if (op.state == Op::kFree || op.late) continue;
@@ -234,9 +219,10 @@ void SsdTierImpl::OnDeadline(int64_t now_ns, std::vector<SsdCompletion>* out) {
       next_deadline_ns_ = std::min(next_deadline_ns_, op.deadline_ns);
       continue;
     }
-    Status status(Code::kIo, Where(op) + ": the disk did not answer within " +
+    if (op.state == Op::kQueued && !hangs) continue;
+    Status status(Code::kIo, op.Where() + ": the disk did not answer within " +
                                  std::to_string(deadline_us_ / 1000) + " ms");
-    if (op.state == Op::kWaiting || queue_.Drop(i)) {  // its bytes are here, or never went out
+    if (op.state == Op::kWaiting || queue_.Drop(i)) {  // its bytes are here, or it never went
       Finish(i, std::move(status), out);
       continue;
     }
@@ -266,10 +252,10 @@ void SsdTierImpl::OnCompletion(uint32_t index, int32_t result, std::vector<SsdCo
     if (Again(&op, result)) {
       Submit(index);
     } else if (result < 0) {
-      Finish(index, ErrnoStatus(Where(op), -result), out);
+      Finish(index, ErrnoStatus(op.Where(), -result), out);
     } else {
       Finish(index,
-             Status(Code::kIo, Where(op) + ": moved " + std::to_string(result) + " of " +
+             Status(Code::kIo, op.Where() + ": moved " + std::to_string(result) + " of " +
                                    std::to_string(size) + " bytes"),
              out);
     }
@@ -278,7 +264,7 @@ void SsdTierImpl::OnCompletion(uint32_t index, int32_t result, std::vector<SsdCo
   } else if (op.kind == IoOp::kWrite) {
     Finish(index, Status(), out);
   } else if (op.late) {
-    Finish(index, Status(Code::kIo, Where(op) + ": it came too late"), out);
+    Finish(index, Status(Code::kIo, op.Where() + ": it came too late"), out);
   } else if (!op.has_header() && HeaderInFlight(op.host_slot)) {
     op.state = Op::kWaiting;
   } else {
@@ -318,28 +304,28 @@ void SsdTierImpl::VerifyRead(uint32_t index, std::vector<SsdCompletion>* out) {
 Status SsdTierImpl::CheckHeader(const Op& op) const {
   const auto& page = *reinterpret_cast<const BlockPage*>(op.host_slot);
   Status status = CheckBlockPage(uuid(), layout_, op.slot, page);
-  if (!status.ok()) return Status(Code::kCorrupt, Where(op) + ": " + status.message());
+  if (!status.ok()) return Status(Code::kCorrupt, op.Where() + ": " + status.message());
   if (HeaderOf(page) == op.header) return Status();
-  return Status(Code::kCorrupt, Where(op) + ": the slot holds another block");
+  return Status(Code::kCorrupt, op.Where() + ": the slot holds another block");
 }
 
 // What it reads is proven, and plain, when this says ok.
 Status SsdTierImpl::CheckPiece(const Op& op) const {
   if (cipher_ == nullptr && file_->superblock().cipher != kNoCipher) {
-    return Status(Code::kMismatch, Where(op) + ": it is encrypted, and there is no master key");
+    return Status(Code::kMismatch, op.Where() + ": it is encrypted, and there is no master key");
   }
   const auto& page = *reinterpret_cast<const BlockPage*>(op.host_slot);
   const auto bad =
       cipher_ ? cipher_->Decrypt(page, op.first_layer, op.num_layers, op.host_slot)
               : FirstBadLayer(uuid(), layout_, page, op.first_layer, op.num_layers, op.host_slot);
   if (!bad) return Status();
-  return Status(Code::kCorrupt, Where(op) + (cipher_ ? ": the tag" : ": the checksum") +
+  return Status(Code::kCorrupt, op.Where() + (cipher_ ? ": the tag" : ": the checksum") +
                                     " of layer " + std::to_string(*bad) + " does not match");
 }
 
 bool SsdTierImpl::HeaderInFlight(const std::byte* host_slot) const {
   return std::any_of(ops_.begin(), ops_.end(), [host_slot](const Op& op) {
-    return op.state == Op::kInFlight && op.has_header() && op.host_slot == host_slot;
+    return op.state != Op::kFree && op.has_header() && op.host_slot == host_slot;
   });
 }
 
@@ -358,12 +344,6 @@ void SsdTierImpl::Finish(uint32_t index, Status status, std::vector<SsdCompletio
   for (uint32_t i = 0; i < ops_.size(); ++i) {
     if (ops_[i].state == Op::kWaiting && ops_[i].host_slot == op.host_slot) VerifyRead(i, out);
   }
-}
-
-std::string SsdTierImpl::Where(const Op& op) const {
-  if (op.probe) return "probing the disk";
-  return std::string(op.kind == IoOp::kRead ? "reading" : "writing") + " slot " +
-         std::to_string(op.slot);
 }
 
 Result<std::vector<ScannedBlock>> SsdTierImpl::Scan(const ScanProgress& progress) {

@@ -1,4 +1,7 @@
 // Operations that the disk does not answer in time, probes, and the index of a clean close.
+#include <chrono>
+#include <thread>
+
 #include "tests/native/testing/faulty_engine.h"
 #include "tests/native/testing/ssd_fixture.h"
 #include "tests/native/testing/temp_dir.h"
@@ -119,6 +122,22 @@ TEST_F(SsdDeadlineTest, WhatTheDiskNeverGotIsNotLate) {
   EXPECT_EQ(plan_.fired(), depth);
   EXPECT_EQ(ReadBlock(tier_.get(), depth, depth).code(), Code::kCorrupt) << "was never written";
   EXPECT_TRUE(WriteBlock(tier_.get(), depth, depth).ok());
+}
+
+TEST_F(SsdDeadlineTest, ACallerThatWasAwayLosesNothing) {
+  HostSlot host[8];
+  const uint32_t most = 2 * options_.io.depth;
+  for (uint32_t i = 0; i < most; ++i) {
+    host[i].Fill(SmallLayout(), i);
+    tier_->StartWrite(i, HeaderOfBlock(i), host[i].data(), i);
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));  // the disk has done its half
+  PassDeadline();
+  const auto finished = Drain(tier_.get());
+  EXPECT_EQ(finished.size(), most);
+  for (const SsdCompletion& completion : finished) {
+    EXPECT_TRUE(completion.status.ok()) << completion.status.message();
+  }
 }
 
 TEST_F(SsdDeadlineTest, AFailedReadIsNotRepeatedAfterItsDeadline) {
