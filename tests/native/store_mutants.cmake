@@ -1,16 +1,26 @@
 # Bugs in the store, its tiers and its I/O (see mutants.cmake).
 
-# store_mutant(NAME FILE TEST FILTER OLD NEW): FILE lies in csrc.
-function(store_mutant name file test filter old new)
+# file_mutant(NAME FILE TEST LIBRARIES ARGS OLD NEW): FILE lies in csrc.
+function(file_mutant name file test libraries args old new)
   get_filename_component(folder csrc/${file} DIRECTORY)
   get_filename_component(source ${file} NAME)
-  ca_mutant(${name} ${folder} ${source} ${source} ${test}
-    "--gtest_filter=${filter};--gtest_fail_fast" "${old}" "${new}")
+  ca_mutant(${name} ${folder} ${source} ${source} ${test} "${args}" "${old}" "${new}")
   if(mutant)
-    target_link_libraries(${mutant} PRIVATE ca_core GTest::gtest_main
+    target_link_libraries(${mutant} PRIVATE ${libraries}
       Liburing::Liburing XxHash::XxHash CryptoStatic::CryptoStatic)
   endif()
 endfunction()
+
+# store_mutant(NAME FILE TEST FILTER OLD NEW): for a test program.
+macro(store_mutant name file test filter old new)
+  file_mutant(${name} ${file} ${test} "ca_core;GTest::gtest_main"
+    "--gtest_filter=${filter};--gtest_fail_fast" "${old}" "${new}")
+endmacro()
+
+# sim_mutant(NAME FILE MODE OLD NEW): for some schedules of the simulation.
+macro(sim_mutant name file mode old new)
+  file_mutant(${name} ${file} store_sim ca_sim "--mode=${mode};--n=2000" "${old}" "${new}")
+endmacro()
 
 # ---- sums ----
 
@@ -94,3 +104,53 @@ store_mutant(cuts_not_in_key base/block_key.cc chain_test *KeysTellCutsTokensAnd
 store_mutant(parent_not_in_key base/block_key.cc block_key_test *EveryFieldCounts
   [=[.Bytes(kTagParent, parent.bytes)]=]
   [=[.Bytes(kTagParent, std::span(parent.bytes).first(0))]=])
+
+# ---- who may use which bytes when: the simulation reads, and judges, every byte of a turn ----
+
+sim_mutant(read_not_awaited store/preload.cc honest
+  [=[  started_.emplace(tag, std::move(piece));]=]
+  [=[  for (uint32_t i = 0; i < num_layers; ++i) piece.fill->landed.set(first_layer + i);
+  started_.emplace(tag, std::move(piece));]=])
+sim_mutant(copy_not_awaited store/preload.cc honest
+  [=[    started_.emplace(request.tag, std::move(piece));]=]
+  [=[    Landed(piece);
+    started_.emplace(request.tag, std::move(piece));]=])
+sim_mutant(save_not_awaited store/save.cc honest
+  [=[save->num_landed < layout.num_layers) return;]=]
+  [=[save->num_landed + 1 < layout.num_layers) return;]=])
+sim_mutant(layer_not_awaited store/sequence.cc honest
+  [=[landed = landed && entry.fill->landed[layer];]=]
+  [=[landed = landed && entry.fill->landed[0];]=])
+sim_mutant(released_before_use store/preload.cc honest
+  [=[  fill->status = status;]=]
+  [=[  fill->status = status;
+  (fill->private_slot ? fill->private_slot : fill->block->copy(fill->tier).slot).Release();]=])
+sim_mutant(published_before_write store/directory.cc honest
+  [=[  CA_CHECK(copy.state == from);
+  copy.state = to;]=]
+  [=[  const bool early = tier == Tier::kSsd && from == CopyState::kFilling;
+  CA_CHECK(copy.state == (early ? CopyState::kReady : from));
+  copy.state = tier == Tier::kSsd && to == CopyState::kFilling ? CopyState::kReady : to;]=])
+sim_mutant(failed_write_published store/write_behind.cc honest
+  [=[if (done.status.ok()) {]=]
+  [=[if (done.status.ok() || done.status.code() == Code::kIo) {]=])
+sim_mutant(failed_read_published store/preload.cc hostile
+  [=[} else if (done.status.ok()) {]=]
+  [=[} else if (done.status.ok() || done.status.code() == Code::kIo) {]=])
+sim_mutant(late_buffer_reused store/preload.cc honest
+  [=[    if (fill->late_pieces++ == 0) ++num_quarantined_;
+    Fail(fill.get(), done.status);
+    return;]=]
+  [=[    if (fill->late_pieces++ == 0) ++num_quarantined_;
+    Fail(fill.get(), done.status);
+    (fill->private_slot ? fill->private_slot : fill->block->copy(fill->tier).slot).Release();
+    return;]=])
+sim_mutant(not_pinned store/directory.cc honest
+  [=[  if (copy.pins++ == 0) {
+    ++num_pinned_[static_cast<int>(tier)];
+    UpdateEvictable(block.get(), tier);]=]
+  [=[  if (copy.pins++ == 0) {
+    ++num_pinned_[static_cast<int>(tier)];]=])
+sim_mutant(no_payload_sum_sim tier/ssd_format.cc hostile
+  [=[ != page.seals[layer]) {]=]
+  [=[ != page.seals[layer] && page.version == 0) {]=])
