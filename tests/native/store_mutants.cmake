@@ -73,8 +73,8 @@ store_mutant(short_is_full tier/ssd_tier.cc ssd_damage_test *AFileThatShrinksWhi
   [=[if (result != static_cast<int64_t>(size)) {]=]
   [=[if (result < 0) {]=])
 store_mutant(error_dropped tier/ssd_tier.cc ssd_tier_test *AWriteErrorIsAResult*
-  [=[Finish(index, ErrnoStatus(Where(op), -result), out);]=]
-  [=[Finish(index, Status(), out);]=])
+  [=[ErrnoStatus(op.Where(), -result)]=]
+  [=[Status()]=])
 store_mutant(no_second_read tier/ssd_tier.cc ssd_tier_test *AReadErrorIsReadAgainOnce*
   [=[op->reread || op->probe]=]
   [=[op->num_layers > 0 || op->probe]=])
