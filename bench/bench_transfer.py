@@ -2,6 +2,7 @@
 
     python bench/bench_transfer.py                        about four minutes
     python bench/bench_transfer.py --directory /mnt/nvme --geometry 8b --case pieces
+    python bench/bench_transfer.py --nixl VENV/bin/python
     python bench/bench_transfer.py --json > transfer.jsonl
 
 Cases, for the KV of a model like Llama-3-8B (32 layers, 8 KV heads of 128) and of SmolLM2-135M
@@ -14,10 +15,11 @@ Cases, for the KV of a model like Llama-3-8B (32 layers, 8 KV heads of 128) and 
 
 The other ways move the same bytes in requests of the same sizes at the same depth, past the page
 cache, to and from huge pages, on the same file system, and look at nothing: a loop of io_uring, a
-loop of pread or pwrite (one at a time), fio. "unverified" is the store with checksums taken for
-right. Ways take turns, round by round; figures are medians over the rounds, and "ours" is the
-store's rate by the way's, the median of the ratios within rounds. CPU seconds are those of the
-process, all threads; workers of the kernel are not in them.
+loop of pread or pwrite (one at a time), fio, NIXL's POSIX backend (at a depth of its own choice).
+"unverified" is the store with checksums taken for right. Ways take turns, round by round; figures
+are medians over the rounds, and "ours" is the store's rate by the way's, the median of the ratios
+within rounds. CPU seconds are those of the process, all threads; workers of the kernel are not in
+them.
 """
 
 import argparse
@@ -52,6 +54,11 @@ def servers(geometry: str, directory: Path, args: argparse.Namespace) -> dict[st
     return found
 
 
+def nixl_server(python: str, folder: Path, loads: dict[str, Load]) -> Server:
+    worker = Path(__file__).parent / "transfer" / "nixl_worker.py"
+    return Server([python, worker, folder, json.dumps(loads, default=vars)])
+
+
 def ways_of(case: str, programs: dict[str, Server], folder: Path) -> Ways:
     ours = programs[OURS]
     if case == "device":
@@ -63,6 +70,8 @@ def ways_of(case: str, programs: dict[str, Server], folder: Path) -> Ways:
     if shutil.which("fio"):
         file, first = (folder / "plain", 0) if write else (folder / "store" / "blocks", FIRST_SLOT)
         ways["fio"] = fio(file, first, ours.loads()[case], write)
+    if "nixl" in programs:
+        ways["NIXL POSIX"] = programs["nixl"].way(case)
     return ways
 
 
@@ -131,6 +140,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
     parser.add_argument("--megabytes", type=int, default=512, help="of one history; eight on disk")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--nixl", metavar="PYTHON", help="a Python with nixl, torch and numpy")
     parser.add_argument("--json", action="store_true", help="one object a line")
     return parser.parse_args()
 
@@ -144,6 +154,8 @@ def main() -> None:
             programs = servers(geometry, Path(name), args)
             loads = programs[OURS].loads()
             folder = Path(name) / geometry / "transfers"
+            if args.nixl:
+                programs["nixl"] = nixl_server(args.nixl, folder, loads)
             for case in args.case or CASES:
                 ways = ways_of(case, programs, folder)
                 rows = rows_of(case, geometry, loads.get(case), measure(ways, args.rounds))

@@ -55,6 +55,7 @@ struct Request {
   std::byte* data = nullptr;
   uint32_t size = 0;
 };
+constexpr uint32_t kDepth = 64;  // of the store's I/O engine, its default
 struct Load {
   std::vector<Request> requests;
   uint32_t depth = 0;  // most in flight at a time
@@ -142,6 +143,7 @@ class Bench {
     StoreOptions options;
     options.layout = layout;
     options.model_name = "transfers";
+    options.io_depth = kDepth;
     options.dram_bytes = (blocks_ + blocks_ / 4 + 2) * layout.host_slot_bytes();
     if (device) {
       options.device_bytes = (blocks_ + 2) * layout.payload_bytes();
@@ -226,7 +228,7 @@ class Bench {
     for (const TraceEvent& event : store_->TakeTrace()) {
       if (event.kind == end) --in_flight;
       if (event.kind != start) continue;
-      load.depth = std::max(load.depth, ++in_flight);
+      load.depth = std::clamp(++in_flight, load.depth, kDepth);  // the rest waits in the store
       std::byte* slot = host_slot(target.try_emplace(event.slot, target.size()).first->second);
       uint64_t begin = layout_.host_slice_offset(event.first_layer);
       uint64_t size = event.num_layers * layout_.slice_stride();

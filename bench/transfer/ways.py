@@ -1,4 +1,4 @@
-"""Ways to move a history's bytes: the store, plain loops, fio. Each runs when told to."""
+"""Ways to move a history's bytes: the store, plain loops, fio, NIXL. Each runs when told to."""
 
 import json
 import os
