@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -20,6 +21,8 @@ from cachedattn.sampling import SamplingParams
 from cachedattn.scheduler import Scheduler
 from cachedattn.store import AttentionStore
 from cachedattn.tokenizer import Message, TextStream, Tokenizer
+
+logger = logging.getLogger(__name__)
 
 GREEDY = SamplingParams()
 KEEP_FIRST_FOUR = Truncation()
@@ -58,6 +61,7 @@ class Engine:
         )
         self._memory = ChatMemory(tokenizer) if tokenizer else None
         self._ids = itertools.count(1)
+        self._ssd_state = store.stats()["ssd_state"]
         self._check_capacity()
         if truncation:
             store.new_chain([0], window=max_model_len, truncation=truncation)
@@ -276,6 +280,13 @@ class Engine:
         request.end()
         if request.conversation is not None and self._memory:
             self._memory.remember((request.tenant, request.conversation), request)
+        self._log_outage()
+
+    def _log_outage(self) -> None:
+        stats = self.store.stats()
+        if stats["ssd_state"] != self._ssd_state:
+            self._ssd_state = stats["ssd_state"]
+            logger.warning("SSD tier %s", stats["ssd_report"])
 
     def _encode(
         self,

@@ -210,3 +210,20 @@ def test_conversations_over_a_failing_disk(baseline, tmp_path):
     if NUM_GROUPS >= 10:
         assert min(seen["failed_loads"], seen["checksum_failures"], seen["cuts"]) > 0
         assert seen["retries"] > 0 and seen["beside"] > 0 and seen["ssd"] > 0
+
+
+def test_an_outage_is_logged_once(baseline, tmp_path, caplog):
+    config = ca.StoreConfig(
+        dram=90 * SLOT_BYTES, ssd=120 * SLOT_BYTES + (4 << 20), path=str(tmp_path), block_size=BLOCK
+    )
+    store = ca.AttentionStore(config, baseline.store.layout)
+    prompt = list(range(1, 10 * BLOCK))
+    with ca.Engine(baseline.model, None, store, owns_store=True, **OPTIONS) as engine:
+        want = engine.generate(prompt)
+        store.flush()
+        store.drop_tier("dram")
+        os.truncate(tmp_path / "blocks", 2 << 20)
+        assert [engine.generate(prompt).token_ids for _ in range(2)] == [want.token_ids] * 2
+        assert store.stats()["outages"] == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.messages[0].startswith("SSD tier off: ")

@@ -93,6 +93,13 @@ void* operator new(size_t size) { return cachedattn::Allocate(size, 0); }
 void* operator new(size_t size, std::align_val_t alignment) {
   return cachedattn::Allocate(size, static_cast<size_t>(alignment));
 }
+void* operator new(size_t size, const std::nothrow_t&) noexcept {
+  try {
+    return cachedattn::Allocate(size, 0);
+  } catch (const std::bad_alloc&) {
+    return nullptr;
+  }
+}
 void operator delete(void* data) noexcept { cachedattn::Free(data); }
 void operator delete(void* data, size_t) noexcept { cachedattn::Free(data); }
 void operator delete(void* data, std::align_val_t) noexcept { cachedattn::Free(data); }
