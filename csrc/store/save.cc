@@ -41,8 +41,8 @@ void Saver::Layer(const SaveRef& save, uint32_t layer) {
 }
 
 void Saver::Publish(const SaveRef& save, const BlockRef& block) {
-  for (uint32_t layer = 0; layer < tiers_->layout.num_layers; ++layer) Layer(save, layer);
   if (!block->absent(Tier::kDram)) return;
+  for (uint32_t layer = 0; layer < tiers_->layout.num_layers; ++layer) Layer(save, layer);
   save->block = block;
   if (block->ready(Tier::kDevice)) save->source = directory_->Pin(block, Tier::kDevice);
   save->transfer = directory_->BeginFill(block, Tier::kDram, std::move(save->target));

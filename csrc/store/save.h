@@ -14,9 +14,11 @@ namespace cachedattn {
 // the tokens are known only when the step is done.
 struct Save {
   SlotId device_slot = kNoSlot;
-  Slot source_slot;  // of a sequence that has ended
-  BlockPin source;   // of a block that the directory lists
-  Slot target;       // until the block is published
+  // Of a sequence that has ended, or of a listed block: what it reads from stays until it is done,
+  // also when it is given up.
+  Slot source_slot;
+  BlockPin source;
+  Slot target;  // until the block is published
   SlotId target_id = kNoSlot;
   BlockRef block;  // nullptr: not published
   Transfer transfer;

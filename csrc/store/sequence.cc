@@ -216,7 +216,8 @@ void SequenceImpl::LayerDone(uint32_t layer, uint32_t num_tokens) {
     for (uint32_t i = context_len_ / block_size_; i < end; ++i) {
       Entry& entry = entries_[i];
       const auto slot = static_cast<SlotId>(block_table_[i]);
-      if (layer == 0) entry.save = core_->saver.Begin(slot, id_, tenant_);
+      // A place that a fill still writes to is the fill's; it is saved when it is published.
+      if (layer == 0 && !entry.fill) entry.save = core_->saver.Begin(slot, id_, tenant_);
       if (entry.save != nullptr) core_->saver.Layer(entry.save, layer);
     }
   }
@@ -316,9 +317,11 @@ void SequenceImpl::Truncate() {
   context_len_ -= cut->num_blocks * block_size_;
 }
 
-// A save that reads from a private slot keeps it until it is done.
+// A save keeps the place that it reads from until it is done, also one that was given up.
 void SequenceImpl::Release(Entry entry) {
-  if (entry.save != nullptr && entry.slot) entry.save->source_slot = std::move(entry.slot);
+  if (entry.save == nullptr) return;
+  if (entry.slot) entry.save->source_slot = std::move(entry.slot);
+  if (entry.pin) entry.save->source = std::move(entry.pin);
 }
 
 void SequenceImpl::Commit() {

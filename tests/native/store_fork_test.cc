@@ -106,6 +106,9 @@ TEST_P(StoreForkTest, TheChildWritesNothing) {
 
 // A child may have a store of its own.
 TEST_P(StoreForkTest, TheChildOpensItsOwn) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "ThreadSanitizer ends a child that starts threads";
+#endif
   TempDir dir;
   StoreOptions options = TinyOptions({24, 64, 0}, dir / "kv");
   options.io = GetParam();

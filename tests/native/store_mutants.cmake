@@ -154,3 +154,9 @@ sim_mutant(not_pinned store/directory.cc honest
 sim_mutant(no_payload_sum_sim tier/ssd_format.cc hostile
   [=[ != page.seals[layer]) {]=]
   [=[ != page.seals[layer] && page.version == 0) {]=])
+sim_mutant(given_up_save_reads_on store/sequence.cc honest
+  [=[if (entry.pin) entry.save->source = std::move(entry.pin);]=]
+  [=[]=])
+sim_mutant(saved_from_a_fill store/sequence.cc honest
+  [=[if (layer == 0 && !entry.fill) entry.save]=]
+  [=[if (layer == 0) entry.save]=])
