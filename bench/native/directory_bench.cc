@@ -99,6 +99,7 @@ class NullSsd final : public SsdTier {
     done_.clear();
   }
   Status Sync(const StoreCounters&, std::span<const ScannedBlock>) override { return Status(); }
+  KeyRing* keys() const override { return nullptr; }
   StoreCounters counters() const override { return {}; }
   uint64_t bytes_read() const override { return 0; }
   uint64_t bytes_written() const override { return 0; }

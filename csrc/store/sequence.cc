@@ -7,8 +7,6 @@ namespace cachedattn {
 
 namespace {
 
-constexpr int64_t kWaitUs = 1000;
-
 uint32_t WindowTokens(const Chain& chain) {
   const uint32_t window = chain.truncation().window;
   return window == 0 ? UINT32_MAX : window / chain.block_size() * chain.block_size();
@@ -192,7 +190,7 @@ Status SequenceImpl::WaitLayer(uint32_t layer) {
   CA_CHECK(layer < core_->options.layout.num_layers);
   core_->trace.Add(TraceKind::kWaitStart, id_, layer, 1, kNoSlot);
   // Once without waiting: the next layers' reads start here, under this layer's compute.
-  for (int64_t timeout_us = 0;; timeout_us = kWaitUs) {
+  for (int64_t timeout_us = 0;; timeout_us = StoreCore::kWaitUs) {
     core_->Drive(timeout_us);
     bool landed = true;
     for (const Entry& entry : entries_) {

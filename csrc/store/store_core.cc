@@ -11,8 +11,6 @@ namespace cachedattn {
 
 namespace {
 
-constexpr int64_t kWaitUs = 1000;  // of one wait; who waits looks again after it
-
 uint32_t ReserveSlots(const StoreOptions& options, const Tiers& tiers) {
   return static_cast<uint32_t>(options.dram_reserve * tiers.dram->slots().capacity());
 }
@@ -91,8 +89,8 @@ Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progres
 
 Status StoreCore::CheckUsable() const {
   if (forked()) {
-    return Status(Code::kClosed, "the store belongs to process " + std::to_string(opener) +
-                                     ", and this is a child of it: open a store after the fork");
+    return Status(Code::kClosed,
+                  "the store belongs to a parent of this process: open a store after the fork");
   }
   return closed ? Status(Code::kClosed, "the store is closed") : Status();
 }

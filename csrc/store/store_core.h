@@ -2,11 +2,10 @@
 // sequences, so that it is there until the last of them is gone.
 #pragma once
 
-#include <unistd.h>
-
 #include <memory>
 #include <set>
 
+#include "csrc/base/fork.h"
 #include "csrc/base/memory_reserve.h"
 #include "csrc/store/lookup.h"
 #include "csrc/store/prefetch.h"
@@ -26,7 +25,7 @@ struct StoreCore : std::enable_shared_from_this<StoreCore> {
   // As AttentionStore::CheckUsable.
   Status CheckUsable() const;
   bool usable() const { return !closed && !forked(); }
-  bool forked() const { return ::getpid() != opener; }
+  bool forked() const { return ForkDepth() != opener; }
 
   // As AttentionStore::Close. A disk that has not let go of everything keeps what it holds: the
   // parts of the store are parked until it has.
@@ -36,6 +35,7 @@ struct StoreCore : std::enable_shared_from_this<StoreCore> {
   // Lets finished moves take effect and starts what is due. Waits up to `timeout_us` for the
   // first of them.
   void Drive(int64_t timeout_us);
+  static constexpr int64_t kWaitUs = 10'000;  // of one wait; who waits looks again after it
 
   // Until no save and no write is left.
   void Flush();
@@ -71,8 +71,8 @@ struct StoreCore : std::enable_shared_from_this<StoreCore> {
   SsdHealth health;
 
   bool closed = false;
-  const pid_t opener = ::getpid();  // the process whose engines, threads and file these are
-  bool abandoned = false;           // the store is gone, and the last sequence closes what is left
+  const uint32_t opener = ForkDepth();  // the process whose engines, threads and file these are
+  bool abandoned = false;  // the store is gone, and the last sequence closes what is left
   std::set<SequenceImpl*> sequences;  // alive
   uint64_t next_sequence_id = 1;
   StoreCounters counters;            // since open

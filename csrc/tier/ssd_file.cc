@@ -1,13 +1,13 @@
 #include "csrc/tier/ssd_file.h"
 
 #include <sys/random.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <mutex>
 
+#include "csrc/base/fork.h"
 #include "csrc/io/direct_file.h"
 
 namespace cachedattn {
@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kSyncDeadlines = 15;  // a flush may have much to write
 
 struct Abandoned {
-  pid_t process;
+  uint32_t process;
   AlignedBytes pages;
   std::unique_ptr<BlockFile> file;
   std::unique_ptr<IoEngine> engine;  // gone before what it works on
@@ -37,13 +37,13 @@ SsdFile::~SsdFile() {
   if (!hung_ || engine_->in_flight() == 0) return;
   const std::lock_guard lock(TheAbandoned().mutex);
   TheAbandoned().files.push_back(
-      {::getpid(), std::move(pages_), std::move(file_), std::move(engine_)});
+      {ForkDepth(), std::move(pages_), std::move(file_), std::move(engine_)});
 }
 
 size_t SsdFile::FreeAbandoned() {
   const std::lock_guard lock(TheAbandoned().mutex);
   std::erase_if(TheAbandoned().files, [](Abandoned& file) {
-    if (file.process != ::getpid()) return false;  // of the parent of a fork
+    if (file.process != ForkDepth()) return false;  // of the parent of a fork
     IoCompletion done;
     while (file.engine->Poll(std::span(&done, 1), 0) > 0) {
     }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <unordered_map>
 
 namespace cachedattn {
@@ -10,7 +11,7 @@ namespace {
 // A slot that no block was ever written to: what a file grows by reads as zeros.
 bool IsZero(const BlockPage& page) {
   const auto bytes = std::as_bytes(std::span(&page, 1));
-  return std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{0}; });
+  return bytes[0] == std::byte{0} && std::memcmp(&bytes[0], &bytes[1], bytes.size() - 1) == 0;
 }
 
 std::string Describe(SlotId slot, const BlockPage& page, const std::string& reason) {
