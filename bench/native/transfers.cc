@@ -209,7 +209,7 @@ class Bench {
       const Chain* waiting[] = {chain.get()};
       store_->SetQueue(waiting);
       for (store_->Poll(); store_->stats().ssd_bytes_read < until; store_->Poll()) {
-        std::this_thread::sleep_for(std::chrono::milliseconds(2));  // an engine would compute
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));  // an engine would compute
       }
     };
     report ? Report(bytes(), prefetch) : prefetch();
