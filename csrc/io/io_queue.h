@@ -1,7 +1,8 @@
 // IoQueue: requests that wait until an engine has room for them, first come, first served.
 //
 // A disk may report all that it was given as finished at once. What waits here by then goes to it
-// before the finished bytes are looked at, so that it works meanwhile.
+// before the finished bytes are looked at, so that it works meanwhile. And it finishes the first of
+// much late, so it gets little at first: the first layer of a turn is what is waited for.
 #pragma once
 
 #include <algorithm>
@@ -14,16 +15,20 @@ namespace cachedattn {
 
 class IoQueue {
  public:
-  static constexpr uint64_t kMaxBytes = 16 << 20;  // the engine gets no more while it holds this
+  // The engine gets no more while it holds so much, at first and later.
+  static constexpr uint64_t kFirstBytes = 4 << 20, kMaxBytes = 16 << 20;
 
   explicit IoQueue(IoEngine* engine) : engine_(*engine) {}
 
-  void Push(const IoRequest& request) { waiting_.push_back(request); }
+  void Push(const IoRequest& request) {
+    if (waiting_.empty() && bytes_ == 0) limit_ = kFirstBytes;
+    waiting_.push_back(request);
+  }
 
   // Hands over what the engine has room for, and says what that was.
   std::span<const IoRequest> Submit() {
     batch_.clear();
-    while (!waiting_.empty() && bytes_ < kMaxBytes &&
+    while (!waiting_.empty() && bytes_ < limit_ &&
            engine_.in_flight() + batch_.size() < engine_.depth()) {
       bytes_ += waiting_.front().size;
       batch_.push_back(waiting_.front());
@@ -35,7 +40,10 @@ class IoQueue {
 
   // A request of `size` bytes that was handed over is finished, or so late that it shall take no
   // one else's room.
-  void Release(uint32_t size) { bytes_ -= size; }
+  void Release(uint32_t size) {
+    bytes_ -= size;
+    limit_ = std::min(limit_ + 2 * size, kMaxBytes);
+  }
 
   // True: the request was still waiting, and is gone.
   bool Drop(uint64_t tag) {
@@ -47,6 +55,7 @@ class IoQueue {
   std::deque<IoRequest> waiting_;
   std::vector<IoRequest> batch_;
   uint64_t bytes_ = 0;  // handed over and not released
+  uint64_t limit_ = kFirstBytes;
 };
 
 }  // namespace cachedattn
