@@ -2,7 +2,9 @@
 // played must hold; so that what is found after a crash can be told right from wrong.
 #pragma once
 
+#include <chrono>
 #include <random>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -100,14 +102,19 @@ class Ledger {
 // again. Returns the tokens that were reused; a failed expectation is a wrong byte.
 inline uint32_t PlayThrough(AttentionStore* store, const Tokens& tokens,
                             const Truncation& truncation) {
-  for (int tries = 0; tries < 200; ++tries) {
+  Status status;
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  for (int tries = 0; tries < 200 || std::chrono::steady_clock::now() < end; ++tries) {
     Turn turn(store, tokens, truncation, Ledger::kTenant);
     if (!turn.Begin()) {
-      store->Flush();
+      status = Status(Code::kExhausted, "no room to begin");
+      store->Flush();  // and reads of turns that were given up may be slow
+      store->Poll();
+      std::this_thread::sleep_for(std::chrono::microseconds(100));
       continue;
     }
     const uint32_t found = turn.cached().total;
-    Status status;
+    status = Status();
     while (status.ok() && turn.sequence()->num_computed_tokens() < tokens.size()) {
       status = turn.Step(24);
       if (status.code() == Code::kExhausted) {  // slots may be held by saves under way
@@ -120,7 +127,10 @@ inline uint32_t PlayThrough(AttentionStore* store, const Tokens& tokens,
     turn.Commit();
     return found;
   }
-  ADD_FAILURE() << "a turn of " << tokens.size() << " tokens does not come to its end";
+  const StoreStats stats = store->stats();
+  ADD_FAILURE() << "a turn of " << tokens.size()
+                << " tokens does not come to its end: " << status.message() << "; SSD tier "
+                << stats.ssd_report << ", " << stats.quarantined_slots << " slots in quarantine";
   return 0;
 }
 
