@@ -62,7 +62,7 @@ class SimCopyEngine final : public CopyEngine {
 
   // A slice begins with a token's K, and no token's K here begins with so many ones.
   static bool IsPoison(const std::byte* slice) {
-    return std::all_of(slice, slice + 8, [](std::byte b) { return b == std::byte{0xFF}; });
+    return std::all_of(slice, slice + 32, [](std::byte b) { return b == std::byte{0xFF}; });
   }
 
   static void Move(Active* active, uint64_t end) {
