@@ -49,16 +49,11 @@ void RunIndex(Input* input, bool seal) {
   }
 }
 
-void Run(Input input) {
+}  // namespace
+
+void FuzzOne(Input input) {
   const auto flags = input.Number<uint8_t>();
   (flags & kIndex ? RunIndex : RunHeader)(&input, flags & kSeal);
 }
 
-}  // namespace
 }  // namespace cachedattn
-
-extern "C" __attribute__((visibility("default"))) int LLVMFuzzerTestOneInput(const uint8_t* data,
-                                                                             size_t size) {
-  cachedattn::Run({data, size});
-  return 0;
-}

@@ -56,7 +56,9 @@ void RunMasterKey(const Folder& folder, std::span<const uint8_t> bytes) {
   CA_CHECK(ring.ok() || ring.status().code() == Code::kInvalidArgument);
 }
 
-void Run(Input input) {
+}  // namespace
+
+void FuzzOne(Input input) {
   static const Folder folder;
   const auto flags = input.Number<uint8_t>();
   if (flags & kMasterKey) return RunMasterKey(folder, input.Take(256));
@@ -81,11 +83,4 @@ void Run(Input input) {
   CA_CHECK(status.ok() || !status.message().empty());
 }
 
-}  // namespace
 }  // namespace cachedattn
-
-extern "C" __attribute__((visibility("default"))) int LLVMFuzzerTestOneInput(const uint8_t* data,
-                                                                             size_t size) {
-  cachedattn::Run({data, size});
-  return 0;
-}

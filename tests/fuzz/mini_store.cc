@@ -11,6 +11,12 @@ extern "C" __attribute__((visibility("default"))) const char* __ubsan_default_op
   return "print_stacktrace=1";
 }
 
+extern "C" __attribute__((visibility("default"))) int LLVMFuzzerTestOneInput(const uint8_t* data,
+                                                                             size_t size) {
+  cachedattn::FuzzOne({data, size});
+  return 0;
+}
+
 namespace cachedattn {
 namespace {
 

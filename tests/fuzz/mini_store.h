@@ -32,6 +32,9 @@ class Input {
   std::span<const uint8_t> rest_;
 };
 
+// What a target does with one input; libFuzzer's entry is in mini_store.cc.
+void FuzzOne(Input input);
+
 constexpr uint32_t kMiniSlots = 4;
 
 // Two layers of 32 bytes in slices of a page; a slot has three pages.

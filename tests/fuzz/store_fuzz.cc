@@ -27,7 +27,9 @@ void Patch(Image* image, uint32_t place, std::span<const uint8_t> bytes) {
   std::memcpy(room.data(), bytes.data(), std::min(room.size(), bytes.size()));
 }
 
-void Run(Input input) {
+}  // namespace
+
+void FuzzOne(Input input) {
   const auto flags = input.Number<uint8_t>();
   const auto cut = input.Number<uint8_t>();
   Image image = MiniStore(flags & kClean);
@@ -48,11 +50,4 @@ void Run(Input input) {
   UseStore(&image, options);
 }
 
-}  // namespace
 }  // namespace cachedattn
-
-extern "C" __attribute__((visibility("default"))) int LLVMFuzzerTestOneInput(const uint8_t* data,
-                                                                             size_t size) {
-  cachedattn::Run({data, size});
-  return 0;
-}

@@ -29,7 +29,9 @@ void ReadAnyModel(Image* image) {
   UseStore(image, options);
 }
 
-void Run(Input input) {
+}  // namespace
+
+void FuzzOne(Input input) {
   const auto flags = input.Number<uint8_t>();
   Image image = MiniStore(flags & kClean);
   // The first bytes of the copies, where their fields are, or the pages as they come.
@@ -47,11 +49,4 @@ void Run(Input input) {
   CA_CHECK(!tier.ok() || tier.value()->num_slots() <= kMiniSlots);
 }
 
-}  // namespace
 }  // namespace cachedattn
-
-extern "C" __attribute__((visibility("default"))) int LLVMFuzzerTestOneInput(const uint8_t* data,
-                                                                             size_t size) {
-  cachedattn::Run({data, size});
-  return 0;
-}

@@ -1,4 +1,5 @@
-// `cachedattn check`: every damage that is planted is found, and said where it is.
+// `cachedattn check` on plain and on encrypted stores: every damage that is planted is found, and
+// said where it is.
 #include "csrc/tier/check_store.h"
 
 #include <fcntl.h>
@@ -7,44 +8,66 @@
 
 #include <algorithm>
 
+#include "tests/native/testing/master_key.h"
 #include "tests/native/testing/ssd_fixture.h"
 #include "tests/native/testing/temp_dir.h"
 
 namespace cachedattn {
 namespace {
 
-using ::testing::Test;
 using SlotBytes = std::array<std::byte, 16384>;
 
 constexpr uint32_t kBlocks = 6;  // in slots 0 to 5; two more slots are free
 constexpr uint64_t kSector = 512;
 
-class CheckStoreTest : public Test {
+class CheckStoreTest : public ::testing::TestWithParam<bool> {  // encrypted?
  protected:
   void SetUp() override {
     ASSERT_EQ(SmallLayout().host_slot_bytes(), sizeof(SlotBytes));
-    auto tier = MustOpen(options_);
+    WriteMasterKey(key_);
+    auto tier = Open();
     std::vector<ScannedBlock> blocks;
     for (uint32_t i = 0; i < kBlocks; ++i) {
-      ASSERT_TRUE(WriteBlock(tier.get(), i, i, i + 1).ok());
-      blocks.push_back({i, HeaderOfBlock(i, i + 1)});
+      Put(tier.get(), i, i, i + 1);
+      blocks.push_back({i, Header(tier.get(), i, i + 1)});
     }
     ASSERT_TRUE(tier->Sync({}, blocks).ok());
     tier.reset();
-    fd_ = ::open(BlocksFile(options_.directory).c_str(), O_RDWR | O_CLOEXEC);
+    fd_ = ::open(BlocksFile(directory_).c_str(), O_RDWR | O_CLOEXEC);
     ASSERT_GE(fd_, 0);
   }
   void TearDown() override { ::close(fd_); }
 
-  // As a process that was killed leaves it.
-  void OpenAndCrash() { MustOpen(options_); }
-
-  Result<CheckReport> Try(bool deep = true) {
-    CheckOptions options;
-    options.directory = options_.directory;
-    options.deep = deep;
-    return CheckStore(options);
+  // A process that is killed while it holds what this returns leaves no index.
+  std::unique_ptr<SsdTier> Open() {
+    SsdOptions options = SmallStore(directory_);
+    if (GetParam()) options.keys = MustLoad(key_);
+    auto tier = MustOpen(options);
+    for (const char* name : {"alice", "bob"}) {
+      if (tier->keys() != nullptr) (void)tier->keys()->RootOf({}, name);
+    }
+    return tier;
   }
+  static BlockHeader Header(SsdTier* tier, uint32_t number, uint64_t generation) {
+    BlockHeader header = HeaderOfBlock(number, generation);
+    if (tier->keys() != nullptr) header.tenant = tier->keys()->IdOf(number % 2 ? "alice" : "bob");
+    return header;
+  }
+  static void Put(SsdTier* tier, SlotId slot, uint32_t number, uint64_t generation) {
+    HostSlot host;
+    host.Fill(SmallLayout(), number);
+    tier->StartWrite(slot, Header(tier, number, generation), host.data(), 1);
+    ASSERT_TRUE(Drain(tier).at(0).status.ok());
+  }
+
+  CheckOptions Options(bool deep = true) {
+    CheckOptions options;
+    options.directory = directory_;
+    options.deep = deep;
+    if (GetParam() && deep) options.keys = MustLoad(key_);
+    return options;
+  }
+  Result<CheckReport> Try(bool deep = true) { return CheckStore(Options(deep)); }
   CheckReport Check(bool deep = true) {
     Result<CheckReport> report = Try(deep);
     EXPECT_TRUE(report.ok()) << report.status().message();
@@ -89,26 +112,26 @@ class CheckStoreTest : public Test {
   }
 
   TempDir dir_;
-  const SsdOptions options_ = SmallStore(dir_ / "kv");
+  const std::string directory_ = dir_ / "kv", key_ = dir_ / "key";
   const uint64_t index_offset_ = IndexOffset(SmallLayout(), 8);
   const uint64_t file_bytes_ = SsdFileBytes(SmallLayout(), 8);
   int fd_ = -1;
 };
 
-TEST_F(CheckStoreTest, ASoundStoreIsSound) {
+TEST_P(CheckStoreTest, ASoundStoreIsSound) {
   CheckReport report = Check();
   EXPECT_TRUE(report.damage.empty());
   EXPECT_EQ(report.num_blocks, kBlocks);
   EXPECT_TRUE(report.indexed);
   report = Check(false);
   EXPECT_TRUE(report.damage.empty());
-  OpenAndCrash();
+  Open();
   report = Check();
   EXPECT_TRUE(report.damage.empty() && !report.indexed);
   EXPECT_EQ(report.num_blocks, kBlocks);
 }
 
-TEST_F(CheckStoreTest, EachByteOfEveryHeader) {
+TEST_P(CheckStoreTest, EachByteOfEveryHeader) {
   const std::vector<std::string> any(kBlocks);
   for (uint64_t byte = 0; byte < kPage; ++byte) {
     for (uint32_t i = 0; i < kBlocks; ++i) Flip(SlotOffset(i) + byte);
@@ -119,7 +142,7 @@ TEST_F(CheckStoreTest, EachByteOfEveryHeader) {
   EXPECT_TRUE(Check().damage.empty());
 }
 
-TEST_F(CheckStoreTest, EachByteOfTheSuperblocksAndOfTheIndex) {
+TEST_P(CheckStoreTest, EachByteOfTheSuperblocksAndOfTheIndex) {
   const std::pair<uint64_t, std::string> pages[] = {
       {0, "superblock copy 0"}, {kPage, "superblock copy 1"}, {index_offset_, "index page 0"}};
   for (const auto& [offset, name] : pages) {
@@ -135,7 +158,7 @@ TEST_F(CheckStoreTest, EachByteOfTheSuperblocksAndOfTheIndex) {
   EXPECT_TRUE(Check().damage.empty());
 }
 
-TEST_F(CheckStoreTest, TenThousandFlipsInPayloads) {
+TEST_P(CheckStoreTest, TenThousandFlipsInPayloads) {
   const KvLayout layout = SmallLayout();
   std::mt19937_64 random(4);
   for (int flips = 0; flips < 10'000; flips += kBlocks) {
@@ -158,7 +181,7 @@ TEST_F(CheckStoreTest, TenThousandFlipsInPayloads) {
   EXPECT_TRUE(Check().damage.empty());
 }
 
-TEST_F(CheckStoreTest, EverySectorZeroedAndSetToOnes) {
+TEST_P(CheckStoreTest, EverySectorZeroedAndSetToOnes) {
   using Sector = std::array<uint8_t, kSector>;
   int found = 0;
   std::vector<uint64_t> sectors;
@@ -185,12 +208,12 @@ TEST_F(CheckStoreTest, EverySectorZeroedAndSetToOnes) {
   EXPECT_TRUE(Check().damage.empty());
 }
 
-TEST_F(CheckStoreTest, SwappedSlots) {
+TEST_P(CheckStoreTest, SwappedSlots) {
   const auto one = Read<SlotBytes>(SlotOffset(1)), two = Read<SlotBytes>(SlotOffset(2));
   Write(SlotOffset(1), two);
   Write(SlotOffset(2), one);
   for (const bool crashed : {false, true}) {
-    if (crashed) OpenAndCrash();
+    if (crashed) Open();
     const CheckReport report = Check(false);
     ASSERT_EQ(report.damage.size(), 2u);
     EXPECT_TRUE(Contains(report.damage[0].what, "slot 2")) << report.damage[0].what;
@@ -198,13 +221,13 @@ TEST_F(CheckStoreTest, SwappedSlots) {
   }
 }
 
-TEST_F(CheckStoreTest, AnOldCopyPutBack) {
+TEST_P(CheckStoreTest, AnOldCopyPutBack) {
   const auto old = Read<SlotBytes>(SlotOffset(3));
   {
-    auto tier = MustOpen(options_);
+    auto tier = Open();
     auto blocks = tier->Scan({});
     ASSERT_TRUE(blocks.ok());
-    ASSERT_TRUE(WriteBlock(tier.get(), 3, 3, 9).ok());
+    Put(tier.get(), 3, 3, 9);
     blocks.value()[3].header.generation = 9;
     ASSERT_TRUE(tier->Sync({}, blocks.value()).ok());
   }
@@ -214,11 +237,11 @@ TEST_F(CheckStoreTest, AnOldCopyPutBack) {
   EXPECT_TRUE(Contains(what, "an old copy") && Contains(what, "9")) << what;
 }
 
-TEST_F(CheckStoreTest, AnotherBlockInTheSlotAndNoneAtAll) {
+TEST_P(CheckStoreTest, AnotherBlockInTheSlotAndNoneAtAll) {
   {
-    auto tier = MustOpen(options_);
+    auto tier = Open();
     auto blocks = tier->Scan({});
-    ASSERT_TRUE(WriteBlock(tier.get(), 4, 20, 11).ok());
+    Put(tier.get(), 4, 20, 11);
     ASSERT_TRUE(tier->Sync({}, blocks.value()).ok());  // knows nothing of it
   }
   EXPECT_TRUE(Contains(OnlyDamage(4), "instead"));
@@ -226,10 +249,10 @@ TEST_F(CheckStoreTest, AnotherBlockInTheSlotAndNoneAtAll) {
   EXPECT_TRUE(Contains(OnlyDamage(4), "zero"));
 }
 
-TEST_F(CheckStoreTest, OneBlockInTwoSlots) {
+TEST_P(CheckStoreTest, OneBlockInTwoSlots) {
   for (const uint64_t generation : {uint64_t{1}, uint64_t{2}}) {
-    auto tier = MustOpen(options_);  // and no clean close
-    ASSERT_TRUE(WriteBlock(tier.get(), 7, 1, generation).ok());
+    auto tier = Open();  // and no clean close
+    Put(tier.get(), 7, 1, generation);
     tier.reset();
     // An older copy is what eviction leaves; two of the same write are not.
     if (generation == 1) {
@@ -243,7 +266,7 @@ TEST_F(CheckStoreTest, OneBlockInTwoSlots) {
   }
 }
 
-TEST_F(CheckStoreTest, CutAtEachSector) {
+TEST_P(CheckStoreTest, CutAtEachSector) {
   int found = 0;
   for (uint64_t size = file_bytes_ - kSector; size > 0; size -= kSector) {
     if (size == kFirstSlot - kSector) size = 3 * kPage;  // nothing lies between
@@ -262,10 +285,8 @@ TEST_F(CheckStoreTest, CutAtEachSector) {
   EXPECT_GT(found, 250);
 }
 
-TEST_F(CheckStoreTest, ACallbackMayEndIt) {
-  CheckOptions options;
-  options.directory = options_.directory;
-  options.deep = true;
+TEST_P(CheckStoreTest, ACallbackMayEndIt) {
+  CheckOptions options = Options();
   int calls = 0;
   options.progress = [&](uint64_t, uint64_t total) {
     EXPECT_EQ(total, kBlocks);
@@ -274,6 +295,28 @@ TEST_F(CheckStoreTest, ACallbackMayEndIt) {
   EXPECT_THROW((void)CheckStore(options), int);
   EXPECT_EQ(calls, 2);
 }
+
+TEST_P(CheckStoreTest, DeepNeedsTheMasterKey) {
+  CheckOptions options = Options();
+  options.keys = nullptr;
+  EXPECT_EQ(CheckStore(options).ok(), !GetParam());
+  if (!GetParam()) return;
+  EXPECT_EQ(CheckStore(options).status().code(), Code::kMismatch);
+  WriteMasterKey(key_, 'o');
+  EXPECT_EQ(Try().status().code(), Code::kMismatch);
+}
+
+TEST_P(CheckStoreTest, BlocksOfAnErasedTenantAreCountedNotDamaged) {
+  if (GetParam()) {
+    ASSERT_TRUE(EraseTenant(directory_, key_, "alice").value());
+  }
+  const CheckReport report = Check();
+  EXPECT_TRUE(report.damage.empty());
+  EXPECT_EQ(report.num_erased, GetParam() ? kBlocks / 2 : 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Stores, CheckStoreTest, ::testing::Bool(),
+                         [](const auto& info) { return info.param ? "Encrypted" : "Plain"; });
 
 }  // namespace
 }  // namespace cachedattn
