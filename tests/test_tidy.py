@@ -27,12 +27,35 @@ LAYERS = {
     "csrc/io/": ("csrc/io/", "csrc/base/"),
     "csrc/tier/": ("csrc/tier/", "csrc/io/", "csrc/base/"),
     "csrc/copy/": ("csrc/copy/", "csrc/base/"),
-    "csrc/store/": ("csrc/store/", "csrc/tier/", "csrc/copy/", "csrc/io/", "csrc/base/"),
+    "csrc/policy/": ("csrc/policy/", "csrc/base/"),
+    "csrc/store/": (
+        "csrc/store/",
+        "csrc/policy/",
+        "csrc/tier/",
+        "csrc/copy/",
+        "csrc/io/",
+        "csrc/base/",
+    ),
+    "csrc/replay/": (
+        "csrc/replay/",
+        "csrc/store/",
+        "csrc/policy/",
+        "csrc/tier/",
+        "csrc/copy/",
+        "csrc/base/",
+    ),
     "csrc/kernels/cuda/": ("csrc/kernels/", "csrc/emu/", "csrc/base/types.h"),
     "csrc/kernels/": ("csrc/kernels/", "csrc/base/types.h"),
     "csrc/emu/": ("csrc/emu/", "csrc/kernels/cuda/", "csrc/base/types.h"),
     "csrc/torch/": ("csrc/torch/", "csrc/kernels/params.h", "csrc/store/", "csrc/base/"),
-    "csrc/python/": ("csrc/python/", "csrc/store/", "csrc/tier/", "csrc/io/", "csrc/base/"),
+    "csrc/python/": (
+        "csrc/python/",
+        "csrc/replay/",
+        "csrc/store/",
+        "csrc/tier/",
+        "csrc/io/",
+        "csrc/base/",
+    ),
 }
 # Headers from outside that only some places may include.
 OUTSIDE = {

@@ -68,14 +68,15 @@ class StoreImpl final : public AttentionStore {
   Status Close() override { return core_->Close(); }
   Status CheckUsable() const override { return core_->CheckUsable(); }
 
-  std::shared_ptr<Chain> NewChain(std::string_view tenant, const Truncation& truncation) override {
+  std::shared_ptr<Chain> NewChain(std::string_view tenant, const Truncation& truncation,
+                                  uint64_t conversation) override {
     const StoreOptions& options = core_->options;
     // A tenant's first use is written down, which is not for a child or after the end.
     KeyRing* keys = core_->usable() ? core_->tiers.keys() : nullptr;
     const BlockKey root =
         keys ? keys->RootOf(options.identity, tenant) : RootKey(options.identity, tenant);
     return std::make_shared<Chain>(core_->tiers.IdOf(tenant), root, options.layout.block_size,
-                                   truncation);
+                                   truncation, conversation);
   }
 
   void SetQueue(std::span<const Chain* const> waiting) override {

@@ -21,11 +21,10 @@
 #include "csrc/base/kv_layout.h"
 #include "csrc/base/status.h"
 #include "csrc/io/io_engine.h"
+#include "csrc/policy/policy.h"
 #include "csrc/store/chain.h"
 
 namespace cachedattn {
-
-enum class PolicyKind : uint8_t { kLookahead = 0, kLru = 1, kFifo = 2 };
 
 struct StoreOptions {
   KvLayout layout;
@@ -41,6 +40,8 @@ struct StoreOptions {
   // sequences count, but are not refused.
   uint64_t tenant_quota_bytes = 0;
   PolicyKind policy = PolicyKind::kLookahead;
+  // False: a device copy goes as soon as its turn has ended and it is saved.
+  bool keep_on_device = true;
   double dram_reserve = 0.1;  // share of DRAM slots kept free so that a fetch never waits
   IoKind io = IoKind::kAuto;
   uint32_t io_depth = 256;
@@ -125,9 +126,10 @@ class CA_API AttentionStore {
   // then change nothing, and those that can say so return this.
   virtual Status CheckUsable() const = 0;
 
-  // Key chain of `tokens` for this store's model.
-  virtual std::shared_ptr<Chain> NewChain(std::string_view tenant,
-                                          const Truncation& truncation) = 0;
+  // Key chain of tokens to come, for this store's model. `conversation`: a name that all turns of
+  // one conversation share, from which the policy learns; 0: none.
+  virtual std::shared_ptr<Chain> NewChain(std::string_view tenant, const Truncation& truncation,
+                                          uint64_t conversation = 0) = 0;
 
   // Publishes the waiting queue, next to run first. Starts prefetches, protects what they need
   // (design D6). The chains are not kept.
@@ -211,8 +213,9 @@ class CA_API Sequence {
   // Cuts the context by the chain's truncation rule. REQUIRES: room() == 0.
   virtual void Truncate() = 0;
 
-  // Ends the turn: the part-filled tail becomes findable too, pins are dropped.
-  virtual void Commit() = 0;
+  // Ends the turn: the part-filled tail becomes findable too, pins are dropped. `finish` is for the
+  // policy.
+  virtual void Commit(Finish finish = Finish::kOther) = 0;
 };
 
 // Live stores by handle, for torch ops that receive a store as an int64 (design D10).

@@ -29,8 +29,12 @@ Status Truncation::Validate(uint32_t block_size) const {
 }
 
 Chain::Chain(const TenantId& tenant, const BlockKey& root, uint32_t block_size,
-             const Truncation& truncation)
-    : tenant_(tenant), root_(root), block_size_(block_size), truncation_(truncation) {
+             const Truncation& truncation, uint64_t conversation)
+    : tenant_(tenant),
+      root_(root),
+      block_size_(block_size),
+      truncation_(truncation),
+      conversation_(conversation) {
   if (truncation.window == 0) return;
   CA_CHECK(truncation.Validate(block_size).ok());
   window_blocks_ = truncation.window / block_size;

@@ -28,9 +28,9 @@ struct Truncation {
 
 class CA_API Chain {
  public:
-  // `root` is the root key of `tenant`.
+  // `root` is the root key of `tenant`; `conversation` as in AttentionStore::NewChain.
   Chain(const TenantId& tenant, const BlockKey& root, uint32_t block_size,
-        const Truncation& truncation);
+        const Truncation& truncation, uint64_t conversation = 0);
 
   void Append(std::span<const TokenId> tokens);
 
@@ -38,6 +38,7 @@ class CA_API Chain {
   std::span<const TokenId> tokens() const { return tokens_; }
   uint32_t num_full_blocks() const { return static_cast<uint32_t>(keys_.size()); }
   const TenantId& tenant() const { return tenant_; }
+  uint64_t conversation() const { return conversation_; }
   uint32_t block_size() const { return block_size_; }
   const Truncation& truncation() const { return truncation_; }
 
@@ -61,6 +62,7 @@ class CA_API Chain {
   BlockKey root_;
   uint32_t block_size_;
   Truncation truncation_;
+  uint64_t conversation_;
   uint32_t window_blocks_ = 0;  // blocks that the context holds before a cut; 0: no window
   Cut cut_;                     // every cut takes the same places of the block list
   std::vector<TokenId> tokens_;

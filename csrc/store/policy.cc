@@ -5,12 +5,12 @@
 
 namespace cachedattn {
 
-void Policy::SetStamp(Block* block, uint64_t stamp) {
+void BlockPolicy::SetStamp(Block* block, uint64_t stamp) {
   block->stamp = stamp;
   directory_->Rerank(block);
 }
 
-void Policy::Inserted(Block* block) {
+void BlockPolicy::Inserted(Block* block) {
   const BlockRef parent = kind_ == PolicyKind::kFifo ? directory_->Find(block->parent) : nullptr;
   // Without a parent, or as its second child, it begins a new conversation.
   SetStamp(block, parent != nullptr && !parent->extended ? parent->stamp : ++clock_);
@@ -18,18 +18,18 @@ void Policy::Inserted(Block* block) {
   if (parent != nullptr && !directory_->part_filled(*block)) parent->extended = true;
 }
 
-void Policy::Touch(std::span<const BlockRef> blocks) {
+void BlockPolicy::Touch(std::span<const BlockRef> blocks) {
   if (kind_ == PolicyKind::kFifo) return;
   ++clock_;
   for (const BlockRef& block : blocks) SetStamp(block.get(), clock_);
 }
 
-void Policy::StartQueue() {
+void BlockPolicy::StartQueue() {
   ++epoch_;
   next_position_ = 0;
 }
 
-void Policy::Protect(std::span<const BlockRef> blocks) {
+void BlockPolicy::Protect(std::span<const BlockRef> blocks) {
   if (blocks.empty()) return;
   // Only the order of positions counts. A request keeps the one that it had, which its last block
   // tells, as long as that is above those before it: so a queue that moves up changes nothing.
@@ -46,7 +46,7 @@ void Policy::Protect(std::span<const BlockRef> blocks) {
   }
 }
 
-void Policy::EndQueue() {
+void BlockPolicy::EndQueue() {
   std::erase_if(protected_, [this](const std::weak_ptr<Block>& weak) {
     const BlockRef block = weak.lock();
     if (block == nullptr) return true;
@@ -57,7 +57,7 @@ void Policy::EndQueue() {
   });
 }
 
-void Policy::Restore(std::span<const BlockRef> blocks) {
+void BlockPolicy::Restore(std::span<const BlockRef> blocks) {
   struct Found {
     uint32_t depth;
     uint64_t generation;

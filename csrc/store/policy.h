@@ -1,4 +1,4 @@
-// Policy: which copies a tier keeps longest (design D6).
+// BlockPolicy: which copies a tier keeps longest (design D6).
 //
 //   kLookahead  blocks that waiting requests need go last, and from the queue's tail first; the
 //               others as kLru. The queue is an oracle.
@@ -17,9 +17,9 @@
 
 namespace cachedattn {
 
-class Policy {
+class BlockPolicy {
  public:
-  Policy(PolicyKind kind, Directory* directory) : kind_(kind), directory_(directory) {}
+  BlockPolicy(PolicyKind kind, Directory* directory) : kind_(kind), directory_(directory) {}
 
   PolicyKind kind() const { return kind_; }
 

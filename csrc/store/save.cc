@@ -5,8 +5,13 @@
 namespace cachedattn {
 
 Saver::Saver(Tiers* tiers, Directory* directory, Evictor* evictor, WriteBehind* writes,
-             Trace* trace)
-    : tiers_(tiers), directory_(directory), evictor_(evictor), writes_(writes), trace_(trace) {}
+             Trace* trace, bool keep_on_device)
+    : tiers_(tiers),
+      directory_(directory),
+      evictor_(evictor),
+      writes_(writes),
+      trace_(trace),
+      keep_on_device_(keep_on_device) {}
 
 SaveRef Saver::Begin(SlotId device_slot, uint64_t sequence, uint32_t tenant) {
   if (!evictor_->KeepQuota(Tier::kDram, tenant, 1)) return nullptr;
@@ -49,6 +54,17 @@ void Saver::Publish(const SaveRef& save, const BlockRef& block) {
   FinishIfLanded(save.get());
 }
 
+void Saver::Leave(const BlockRef& block) {
+  const Copy& copy = block->copy(Tier::kDevice);
+  if (keep_on_device_ || !block->listed || copy.state != CopyState::kReady) return;
+  if (copy.pins > 0 || copy.unsaved) return;  // called again when that ends
+  if (block->ready(Tier::kDram) || (tiers_->ssd_on && block->ready(Tier::kSsd))) {
+    directory_->Drop(block.get(), Tier::kDevice);
+  } else if (block->absent(Tier::kDram)) {
+    Queue(block);
+  }
+}
+
 void Saver::Queue(const BlockRef& block) {
   directory_->SetUnsaved(block.get(), Tier::kDevice, true);
   queue_.push_back(block->key);
@@ -69,6 +85,7 @@ void Saver::Pump() {
         Publish(save, block);
       }
       directory_->SetUnsaved(block.get(), Tier::kDevice, false);
+      Leave(block);
     }
     queue_.pop_front();
   }
@@ -91,6 +108,7 @@ void Saver::FinishIfLanded(Save* save) {
   directory_->FinishFill(std::move(save->transfer));
   save->source.Release();
   save->source_slot.Release();
+  Leave(block);
   writes_->Queue(block.get());
 }
 

@@ -30,7 +30,8 @@ using SaveRef = std::shared_ptr<Save>;
 
 class Saver {
  public:
-  Saver(Tiers* tiers, Directory* directory, Evictor* evictor, WriteBehind* writes, Trace* trace);
+  Saver(Tiers* tiers, Directory* directory, Evictor* evictor, WriteBehind* writes, Trace* trace,
+        bool keep_on_device);
 
   // nullptr when DRAM, or the tenant's quota of it, has no slot for it now.
   SaveRef Begin(SlotId device_slot, uint64_t sequence, uint32_t tenant);
@@ -39,6 +40,9 @@ class Saver {
   // Every layer is final and the block has a key: its DRAM copy becomes kReady when all of them
   // have landed. Without a place for it in the directory the save is given up.
   void Publish(const SaveRef& save, const BlockRef& block);
+
+  // No turn needs the device copy now: without keep_on_device it goes once it is elsewhere.
+  void Leave(const BlockRef& block);
 
   // A listed block whose save found no DRAM slot: it is tried again when there is one.
   void Queue(const BlockRef& block);
@@ -64,6 +68,7 @@ class Saver {
   Evictor* const evictor_;
   WriteBehind* const writes_;
   Trace* const trace_;
+  const bool keep_on_device_;
   std::unordered_map<uint64_t, Slice> in_flight_;
   std::deque<BlockKey> queue_;              // a block is in it at most once (Copy::unsaved)
   std::vector<std::weak_ptr<Save>> saves_;  // for the invariants alone

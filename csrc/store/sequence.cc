@@ -322,7 +322,7 @@ void SequenceImpl::Release(Entry entry) {
   if (entry.pin) entry.save->source = std::move(entry.pin);
 }
 
-void SequenceImpl::Commit() {
+void SequenceImpl::Commit(Finish /*finish*/) {
   const MemoryReserve::Use use(&core_->memory);
   if (!core_->usable()) return;
   if (!core_->sequences.contains(this)) return;
@@ -344,6 +344,7 @@ void SequenceImpl::End() {
   for (Entry& entry : entries_) Release(std::move(entry));
   entries_.clear();
   block_table_.clear();
+  for (const BlockRef& block : used) core_->saver.Leave(block);
   if (core_->abandoned && core_->sequences.empty()) (void)core_->Close();
 }
 

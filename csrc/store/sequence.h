@@ -29,7 +29,7 @@ class SequenceImpl final : public Sequence {
   void LayerDone(uint32_t layer, uint32_t num_tokens) override;
   void Append(std::span<const TokenId> tokens) override;
   void Truncate() override;
-  void Commit() override;
+  void Commit(Finish finish) override;
 
   uint32_t tenant() const { return tenant_; }  // Directory::TenantIndex
 

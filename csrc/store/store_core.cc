@@ -44,7 +44,7 @@ StoreCore::StoreCore(const StoreOptions& store_options, Tiers&& opened)
       writes(&tiers, &directory, &trace, options.clock),
       evictor(&tiers, &directory, &writes, &trace, ReserveSlots(options, tiers)),
       preloader(&tiers, &directory, &trace),
-      saver(&tiers, &directory, &evictor, &writes, &trace),
+      saver(&tiers, &directory, &evictor, &writes, &trace, options.keep_on_device),
       prefetcher(&tiers, &directory, &evictor, &preloader),
       health(options.clock) {
   for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {

@@ -61,7 +61,7 @@ struct StoreCore : std::enable_shared_from_this<StoreCore> {
   MemoryReserve memory;  // of every call that moves blocks
   Trace trace;
   Directory directory;
-  Policy policy;
+  BlockPolicy policy;
   WriteBehind writes;
   Evictor evictor;
   Preloader preloader;

@@ -18,6 +18,7 @@ struct World {
   Truncation truncation;
   bool faults;
   bool encrypt = false;
+  bool keep_on_device = true;
 };
 
 class StoreRandomTest : public ::testing::TestWithParam<World> {
@@ -28,6 +29,7 @@ class StoreRandomTest : public ::testing::TestWithParam<World> {
     StoreOptions options = TinyOptions(GetParam().sizes, dir_ / "kv");
     options.policy = GetParam().policy;
     options.dram_reserve = 0.1;
+    options.keep_on_device = GetParam().keep_on_device;
     if (GetParam().faults) options.clock = &clock_;
     if (GetParam().encrypt) {
       WriteMasterKey(dir_ / "key");
@@ -146,7 +148,8 @@ INSTANTIATE_TEST_SUITE_P(
                       World{6, PolicyKind::kLookahead, {16, 60, 0}, {}, true},
                       World{7, PolicyKind::kLru, {14, 60, 16}, {}, true},
                       World{8, PolicyKind::kLookahead, {20, 40, 24}, {}, false, true},
-                      World{9, PolicyKind::kLookahead, {16, 60, 0}, {}, true, true}));
+                      World{9, PolicyKind::kLookahead, {16, 60, 0}, {}, true, true},
+                      World{10, PolicyKind::kLru, {20, 40, 24}, {}, false, false, false}));
 
 TEST_P(StoreRandomTest, WhatIsFoundIsRight) {
   Open();
