@@ -15,11 +15,12 @@
 //   in service  only in DRAM and only with drop_in_service: the device has these copies
 //   idle        by the rule above
 //   promised    its user said when it returns: the latest first. With kHazard it stands among the
-//   idle
-//               ones, worth one hit for the rest of that time
+//               idle ones, worth one hit for the rest of that time
 //   in service  the longest in service first
 //   waiting     the last of the queue first (kLru, kFifo: as if it were not waiting)
-//   leased      pinned by the user, until its lease ends
+//   leased      pinned by the user, until its lease ends: the one that ends first goes first
+//
+// Where several hold, the last of the list counts, but over outranks promised and idle alone.
 //
 // The policy knows conversations by handles and sees neither blocks nor bytes: the store and the
 // simulator (csrc/replay) are both driven by it. Every call costs the same however many
@@ -51,6 +52,8 @@ struct PolicyOptions {
   // kHazard ranks by value per token of a conversation's size: more turns find all of their
   // history, fewer tokens are found.
   bool per_token = false;
+  // Keeps the order within each tenant too, at the cost of a logarithm for every change.
+  bool by_tenant = false;
 };
 
 // What the end of a turn tells of its conversation.
@@ -77,27 +80,30 @@ class CA_API Policy {
   virtual void Release(Conversation conversation) = 0;
 
   // The waiting queue, next to run first; a conversation may be in it more than once. It holds them
-  // until the next call. All kinds learn from it that a conversation is back.
+  // until the next call. That a conversation is back is learnt from it. One that leaves the queue
+  // without a turn is idle again as it was, but as if from now on, and teaches no more.
   virtual void SetQueue(std::span<const Conversation> waiting) = 0;
-  // A turn of it runs from Begin to End (nullptr: it was given up, which teaches nothing).
+  // A turn of it runs from Begin to End (nullptr: it was given up, which teaches nothing). It is
+  // held in between.
   virtual void Begin(Conversation conversation) = 0;
   virtual void End(Conversation conversation, const TurnEnd* turn) = 0;
 
   // Hints. They change what is kept, never what is right. Begin takes back what SetOver said.
   virtual void SetOver(Conversation conversation) = 0;
-  // Over when it has been idle for so long; 0: never.
+  // Over when it has been idle for so long; 0: never. Once over it stays so until Begin.
   virtual void SetTimeToLive(Conversation conversation, int64_t ns) = 0;
   // Leased for so long from now on; 0: no longer.
   virtual void SetLease(Conversation conversation, int64_t ns) = 0;
-  // Back in so long from now; forgotten at the next turn, or when twice that has passed.
+  // Back in so long from now; forgotten at the next turn, or when twice that has passed. 0: no
+  // longer promised.
   virtual void SetReturn(Conversation conversation, int64_t ns) = 0;
 
   // Whether the conversation has a copy in `tier` that may go now. Only such ones are victims.
   virtual void SetEvictable(Conversation conversation, Tier tier, bool evictable) = 0;
   // Who loses its deepest copy in `tier` next; kNoConversation: nobody has one that may go.
   virtual Conversation Victim(Tier tier) = 0;
-  // The same among the conversations of one tenant, by least recent use alone. Costs nothing unless
-  // asked for: the first call for a tenant looks at all of its conversations.
+  // The same among the conversations of one tenant, where idle ones go by least recent use whatever
+  // the kind. REQUIRES: by_tenant.
   virtual Conversation Victim(Tier tier, uint32_t tenant) = 0;
   // True: `a` goes from `tier` before `b` does. False for equals.
   virtual bool GoesBefore(Tier tier, Conversation a, Conversation b) = 0;
