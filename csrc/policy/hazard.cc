@@ -19,33 +19,35 @@ uint32_t Reached(double value, const double (&bounds)[kN]) {
 
 double LogTokens(uint32_t tokens) { return std::log(std::max(tokens, 1u)); }
 
-// Hits and time that keeping a token has brought by some horizon, as expected of some age before.
-struct Horizon {
+// What keeping a token brings over a stretch of ages, if it is idle at the start of it.
+struct Stretch {
   double hits = 0;
-  double seconds = 0;
+  double seconds = 0;  // of keeping it
+  double stays = 1;    // the chance that it is idle at the end
   double ratio() const { return hits / seconds; }
 };
 
-// The horizons that can be the best ones, nearest first. They lie on the upper hull of all: what
-// is below it as seen from one age is below it from every earlier age too.
-class Horizons {
+// Of all stretches that begin at one age the one of best ratio, as that age goes down. Ends that
+// are not the best for an age can be so for no earlier one either: the stretches between those that
+// can have falling ratios, and the first one ends at the best.
+class BestStretch {
  public:
-  void Add() { points_[size_++] = {}; }
-  double best() const { return points_[size_ - 1].ratio(); }
-
-  // Moves to an age `seconds` earlier, between which the hazard does not change.
-  void LookFromEarlier(double hazard, double seconds) {
+  // REQUIRES: a new end or the hazard of the stretch before, which joins it then.
+  void Prepend(double hazard, double seconds) {
     const double hits = -std::expm1(-hazard * seconds);
-    const double held_s = hits / hazard;
-    for (size_t i = 0; i < size_; ++i) {
-      points_[i].hits = hits + (1 - hits) * points_[i].hits;
-      points_[i].seconds = held_s + (1 - hits) * points_[i].seconds;
+    Stretch first = {hits, hits / hazard, 1 - hits};
+    while (size_ > 0 && first.ratio() <= later_[size_ - 1].ratio()) {
+      const Stretch& next = later_[--size_];
+      first.hits += first.stays * next.hits;
+      first.seconds += first.stays * next.seconds;
+      first.stays *= next.stays;
     }
-    while (size_ > 1 && points_[size_ - 1].ratio() <= points_[size_ - 2].ratio()) --size_;
+    later_[size_++] = first;
   }
+  double ratio() const { return later_[size_ - 1].ratio(); }
 
  private:
-  std::array<Horizon, HazardTables::kNumBins> points_;  // the nearest one last
+  std::array<Stretch, 2 * HazardTables::kNumBins> later_;  // the first one last
   size_t size_ = 0;
 };
 
@@ -199,15 +201,14 @@ void HazardTables::Recompute(int64_t now_ns) {
   }
 }
 
-// From the middle of each bin, over the horizons at the end of it and of all later ones.
+// From the middle of each bin, over the ends of it and of all later ones.
 void HazardTables::SetIndex(const Hazards& hazards, Row* row) {
-  Horizons horizons;
+  BestStretch best;
   for (uint32_t bin = kNumBins; bin-- > 0;) {
     const double half_s = static_cast<double>(UpperEdge(bin) - LowerEdge(bin)) / kSecond / 2;
-    horizons.Add();
-    horizons.LookFromEarlier(hazards[bin], half_s);
-    row->index[bin] = static_cast<float>(horizons.best());
-    horizons.LookFromEarlier(hazards[bin], half_s);
+    best.Prepend(hazards[bin], half_s);
+    row->index[bin] = static_cast<float>(best.ratio());
+    best.Prepend(hazards[bin], half_s);
   }
 }
 
