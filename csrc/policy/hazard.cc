@@ -9,6 +9,7 @@ namespace cachedattn {
 namespace {
 
 constexpr double kSecond = 1e9;  // nanoseconds
+constexpr double kSlack = 1e-9;  // equal sizes are in one class however their mean is rounded
 
 // How many of the ascending `bounds` a value has reached.
 template <size_t kN>
@@ -83,8 +84,9 @@ uint16_t HazardTables::ClassOf(const TurnEnd& turn, uint32_t turn_number, uint8_
   ++turns_;
   const double turns = static_cast<double>(turns_);
   const uint32_t prompt_size =
-      Reached(std::exp(prompt - sum_log_prompt_ / turns), {1.0 / 4, 1.0, 4.0});
-  const uint32_t answer_size = Reached(std::exp(answer - sum_log_answer_ / turns), {0.5, 2.0});
+      Reached(std::exp(prompt - sum_log_prompt_ / turns) + kSlack, {1.0 / 4, 1.0, 4.0});
+  const uint32_t answer_size =
+      Reached(std::exp(answer - sum_log_answer_ / turns) + kSlack, {0.5, 2.0});
   const uint32_t number = Reached(turn_number, {2, 4, 11});
   const uint32_t group = static_cast<uint32_t>(turn.finish) * 4 + number;
   const auto turn_class =

@@ -22,7 +22,8 @@ namespace cachedattn {
 class PolicyImpl final : public Policy {
  public:
   static constexpr uint32_t kMaxGhosts = 65536;
-  static constexpr uint64_t kRecomputeTurns = 200;
+  // The order of idle ones is made anew after so many turns, or that share of all so far.
+  static constexpr uint64_t kRecomputeTurns = 200, kRecomputeShare = 50;
 
   PolicyImpl(const PolicyOptions& options, const Clock* clock);
 
@@ -155,8 +156,9 @@ class PolicyImpl final : public Policy {
   HazardTables tables_;
   std::array<AgeList, HazardTables::kNumBins> ages_;
   int64_t next_crossing_ns_ = kNever;
-  uint64_t num_turns_ = 0;  // that ended
-  RecordList ghosts_;       // oldest first
+  uint64_t num_turns_ = 0;        // that ended
+  uint64_t next_recompute_ = 10;  // turns
+  RecordList ghosts_;             // oldest first
   uint32_t num_ghosts_ = 0;
 };
 

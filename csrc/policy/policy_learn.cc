@@ -116,10 +116,7 @@ void PolicyImpl::EndTurn(Conversation id, const TurnEnd& turn) {
   record.used = ++stamp_;
   if (learns()) {
     SetClass(id, tables_.ClassOf(turn, record.turns, record.gap));
-    constexpr std::array<uint64_t, 4> kFirst = {10, 20, 50, 100};
-    if (num_turns_ % kRecomputeTurns == 0 || std::ranges::count(kFirst, num_turns_) > 0) {
-      Recompute();
-    }
+    if (num_turns_ >= next_recompute_) Recompute();
   } else if (options_.kind != PolicyKind::kFifo) {
     record.order = record.used;
   }
@@ -135,7 +132,13 @@ void PolicyImpl::SetClass(Conversation id, uint16_t turn_class) {
   if (tables_.Use(turn_class)) Recompute();
 }
 
+// Nothing that was seen is forgotten: each time, as much has to be new as can make a difference.
 void PolicyImpl::Recompute() {
+  constexpr std::array<uint64_t, 4> kFirst = {10, 20, 50, 100};
+  const auto first = std::ranges::upper_bound(kFirst, num_turns_);
+  next_recompute_ = first != kFirst.end()
+                        ? *first
+                        : num_turns_ + std::max(kRecomputeTurns, num_turns_ / kRecomputeShare);
   tables_.Recompute(now_ns_);
   SetOrder();
 }

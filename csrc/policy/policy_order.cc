@@ -1,5 +1,6 @@
 // The order of PolicyImpl: where a conversation stands, and who goes first.
 #include <algorithm>
+#include <bit>
 
 #include "csrc/policy/policy_impl.h"
 
@@ -109,15 +110,17 @@ void PolicyImpl::SetEvictable(Conversation id, Tier tier, bool evictable) {
 void PolicyImpl::SetOrder() {
   order_.cell_at = {kOverCell, kDroppedCell};
   if (learns()) {
-    std::vector<std::pair<float, CellId>> idle;
+    // Of positive numbers of a size, bits order like values; whole numbers are sorted faster.
+    std::vector<uint64_t> idle;
     idle.reserve(tables_.used().size() * HazardTables::kNumBins);
     for (const uint16_t turn_class : tables_.used()) {
       for (uint32_t bin = 0; bin < HazardTables::kNumBins; ++bin) {
-        idle.emplace_back(tables_.index(turn_class, bin), IdleCell(turn_class, bin));
+        const auto index = std::bit_cast<uint32_t>(tables_.index(turn_class, bin));
+        idle.push_back(uint64_t{index} << 32 | IdleCell(turn_class, bin));
       }
     }
     std::ranges::sort(idle);
-    for (const auto& [index, cell] : idle) order_.cell_at.push_back(cell);
+    for (const uint64_t cell : idle) order_.cell_at.push_back(static_cast<CellId>(cell));
   } else {
     order_.cell_at.push_back(kIdleCell);
   }

@@ -290,8 +290,13 @@ class PolicyModel {
     const size_t ended = turns_.size();
     const bool is_new = std::ranges::count(classes_, talk->turn_class) == 0;
     if (is_new) classes_.push_back(talk->turn_class);
-    if (is_new || ended == 10 || ended == 20 || ended == 50 || ended == 100 || ended % 200 == 0) {
+    if (is_new || ended >= next_) {
       Recompute();
+      next_ = ended < 10    ? 10
+              : ended < 20  ? 20
+              : ended < 50  ? 50
+              : ended < 100 ? 100
+                            : ended + std::max<size_t>(200, ended / 50);
     }
   }
   double Tokens(const Class& turn_class) {
@@ -308,6 +313,7 @@ class PolicyModel {
   const PolicyOptions options_;
   const Clock* const clock_;
   uint64_t stamp_ = 0;
+  size_t next_ = 10;  // turns, to the next recomputation
   std::map<Conversation, Talk> talks_;
   std::vector<Idle> log_;
   std::vector<TurnEnd> turns_;
