@@ -123,6 +123,7 @@ class PolicyImpl final : public Policy {
 
   // policy_learn.cc
   void Advance();
+  void FetchDue() const;
   void Age();
   void Cross(Conversation id, uint8_t bin);
   void StopAgeing(Conversation id, int64_t at_ns);

@@ -14,8 +14,28 @@ void PolicyImpl::Advance() {
   if (now_ns_ >= next_crossing_ns_) Age();
 }
 
+// Of each bin about one is due at a time. Reads of what their crossing will touch, started
+// together, take hardly longer than one of them.
+void PolicyImpl::FetchDue() const {
+  std::array<uint8_t, HazardTables::kNumBins> due;
+  size_t num_due = 0;
+  for (uint32_t bin = 0; bin + 1 < HazardTables::kNumBins; ++bin) {
+    if (now_ns_ < ages_[bin].due_ns || ages_[bin].list.empty()) continue;
+    records_.Prefetch(ages_[bin].list.head);
+    due[num_due++] = static_cast<uint8_t>(bin);
+  }
+  for (size_t i = 0; i < num_due; ++i) {
+    const Record& record = records_[ages_[due[i]].list.head];
+    for (uint32_t tier = 0; tier < kNumTiers; ++tier) {
+      if ((record.evictable >> tier & 1) == 0) continue;
+      records_.Prefetch(rankings_[tier].tail(IdleCell(record.turn_class, due[i] + 1u)));
+    }
+  }
+}
+
 // From the oldest bin on, so that whoever skips bins still comes behind all that are older.
 void PolicyImpl::Age() {
+  FetchDue();
   next_crossing_ns_ = kNever;
   for (uint32_t bin = HazardTables::kNumBins - 1; bin-- > 0;) {
     AgeList& ages = ages_[bin];

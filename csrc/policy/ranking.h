@@ -34,6 +34,8 @@ class Ranking {
   void Reorder();
 
   bool empty(CellId cell) const { return cells_[cell].empty(); }
+  // The last of its list.
+  Conversation tail(CellId cell) const { return cells_[cell].list.tail; }
   // The first position in the order whose cell is occupied; CellOrder::kUnused: none is.
   uint16_t FirstPosition() const;
   Conversation First(CellId cell) const;
