@@ -1,7 +1,7 @@
 // What the placement policy costs as conversations grow from ten thousand to ten million: memory
 // for each, and a decision: a victim leaves DRAM, another conversation has a turn and is back.
 //
-//   policy_bench [MOST]    conversations; 10,000,000 if not said
+//   policy_bench [MOST [KIND]]    conversations, 10,000,000 if not said; all kinds if not said
 //
 // Time passes so that all of them have a turn in about 2,000 s, however many there are: the idle
 // ones grow old over the same bins. The median of batches says what is usual, the slowest batch
@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <string_view>
 #include <vector>
 
 #include "csrc/base/check.h"
@@ -103,6 +104,7 @@ int main(int argc, char** argv) {
                                                       {"fifo", PolicyKind::kFifo},
                                                       {"hazard", PolicyKind::kHazard}};
   for (const auto& [name, kind] : kinds) {
+    if (argc > 2 && std::string_view(argv[2]) != name) continue;
     for (uint64_t n = 10'000; n <= most; n *= 10) {
       cachedattn::Measure(name, kind, static_cast<uint32_t>(n));
     }

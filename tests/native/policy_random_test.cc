@@ -223,7 +223,7 @@ TEST_P(PolicyRandomTest, DoesWhatTheModelDoes) {
     options.drop_in_service = seed % 2 == 0;
     options.per_token = seed % 3 == 0;
     options.by_tenant = seed % 4 > 1;
-    Player(options, seed).Play(1500);
+    Player(options, seed).Play(GetParam() == PolicyKind::kHazard ? 700 : 1500);
   }
 }
 
