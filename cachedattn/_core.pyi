@@ -38,7 +38,7 @@ class Sequence:
     def layer_done(self, layer: int, num_tokens: int) -> None: ...
     def append(self, tokens: np.ndarray | Seq[int]) -> None: ...
     def truncate(self) -> None: ...
-    def commit(self) -> None: ...
+    def commit(self, finish_reason: str = "") -> None: ...
     def close(self) -> None: ...  # without commit: what was not saved is dropped
 
 class TraceEvent:
@@ -66,7 +66,7 @@ class AttentionStore:
         tenant_quota_bytes: int,  # 0: none
         path: str,
         master_key_file: str,  # '': not encrypted
-        policy: str,  # 'lookahead', 'lru', 'fifo'
+        policy: str,  # 'lookahead', 'hazard', 'lru', 'fifo'
         dram_reserve: float,
         io: str,  # 'auto', 'uring', 'threads'
         io_depth: int,
@@ -78,13 +78,27 @@ class AttentionStore:
     io_report: str
     def close(self) -> None: ...
     def new_chain(
-        self, tokens: np.ndarray | Seq[int], tenant: str, window: int, ratio: float, keep_first: int
+        self,
+        tokens: np.ndarray | Seq[int],
+        tenant: str,
+        window: int,
+        ratio: float,
+        keep_first: int,
+        conversation: str = "",
     ) -> Chain: ...
+    def advise(
+        self,
+        tenant: str,
+        conversation: str,
+        advice: str,  # 'over', 'ttl', 'lease', 'return'
+        seconds: float,
+    ) -> None: ...
     def set_queue(self, waiting: Seq[Chain]) -> None: ...
     def lookup(self, chain: Chain) -> CachedTokens: ...
     def begin(self, chain: Chain, max_history: int = ...) -> Sequence | None:
         """Takes the chain over. None: no room now, the chain stays usable."""
     def poll(self) -> None: ...
+    def drain(self) -> bool: ...  # False: no save and no write was under way
     def flush(self) -> None: ...
     def drop_tier(self, tier: str) -> None: ...
     def erase_tenant(self, tenant: str) -> bool: ...

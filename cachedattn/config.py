@@ -71,7 +71,7 @@ class StoreConfig:
         if self.encrypt and not parse_size(self.ssd):
             raise ValueError("encrypt needs ssd: DRAM is not encrypted")
         check_choice("block_size", self.block_size, (16, 32, 64, 128))
-        check_choice("policy", self.policy, ("lookahead", "lru", "fifo"))
+        check_choice("policy", self.policy, ("lookahead", "hazard", "lru", "fifo"))
         check_choice("io", self.io, ("auto", "uring", "threads"))
         if not 0 <= self.dram_reserve < 1:
             raise ValueError(f"dram_reserve must be in [0, 1), not {self.dram_reserve}")

@@ -276,7 +276,7 @@ class Engine:
 
     def _finish(self, request: Request) -> None:
         self.scheduler.remove(request)
-        request.sequence.commit()
+        request.sequence.commit(request.finish_reason)
         request.end()
         if request.conversation is not None and self._memory:
             self._memory.remember((request.tenant, request.conversation), request)

@@ -79,6 +79,7 @@ class Scheduler:
         request.chain = self.store.new_chain(
             request.tokens,
             tenant=request.tenant,
+            conversation=request.conversation or "",
             window=request.window,
             truncation=request.truncation,
         )
@@ -89,10 +90,10 @@ class Scheduler:
         while not (num_tokens := _reserve(request, budget)):
             victim = self.running[-1]
             if victim is request and len(self.running) == 1:
-                self.store.flush()  # what waits to be saved holds the slots
-                if not (num_tokens := _reserve(request, budget)):
-                    self._raise_full(request)
-                break
+                while self.store.drain():  # what waits to be saved holds the slots
+                    if num_tokens := _reserve(request, budget):
+                        return num_tokens
+                self._raise_full(request)
             self.retry(victim)
             if victim is request:
                 break
@@ -104,11 +105,10 @@ class Scheduler:
         wait: nothing else runs, so finding no room ends in an error, not in waiting.
         """
         num_tokens = self._begin(request, budget)
-        if not num_tokens and wait:
-            self.store.flush()
-            num_tokens = self._begin(request, budget)
-            if not num_tokens:
+        while not num_tokens and wait:
+            if not self.store.drain():
                 self._raise_full(request)
+            num_tokens = self._begin(request, budget)
         if num_tokens:
             self.waiting.popleft()
             self.running.append(request)

@@ -93,10 +93,12 @@ class AttentionStore:
         tokens: Iterable[int],
         *,
         tenant: str = "",
+        conversation: str = "",
         window: int = 0,
         truncation: Truncation | None = None,
     ) -> Chain:
         """The block keys of `tokens`, which differ for every tenant: none finds another's KV.
+        conversation: a name that all its turns share, for the placement and the hints below.
         window 0: the context never overflows."""
         truncation = truncation or Truncation()
         return self._core.new_chain(
@@ -105,6 +107,7 @@ class AttentionStore:
             window,
             truncation.ratio,
             truncation.keep_first,
+            conversation,
         )
 
     def set_queue(self, waiting: list[Chain]) -> None:
@@ -123,8 +126,28 @@ class AttentionStore:
         """Lets finished I/O take effect and starts what is due. Never blocks."""
         self._core.poll()
 
+    def end(self, conversation: str, *, tenant: str = "") -> None:
+        """Hint: no turn of this conversation will come. It makes room first."""
+        self._core.advise(tenant, conversation, "over", 0)
+
+    def expire_after(self, conversation: str, seconds: float, *, tenant: str = "") -> None:
+        """Hint: the conversation is over when it has been idle for so long; 0: not."""
+        self._core.advise(tenant, conversation, "ttl", _checked(seconds))
+
+    def pin(self, conversation: str, seconds: float, *, tenant: str = "") -> None:
+        """Hint: keep the conversation for so long from now on, before all others; 0: no longer."""
+        self._core.advise(tenant, conversation, "lease", _checked(seconds))
+
+    def will_return_in(self, conversation: str, seconds: float, *, tenant: str = "") -> None:
+        """Hint: the conversation's next turn comes after so long."""
+        self._core.advise(tenant, conversation, "return", _checked(seconds))
+
+    def drain(self) -> bool:
+        """Waits until every save and write under way has ended; False: none was."""
+        return self._core.drain()
+
     def flush(self) -> None:
-        """Waits until every save has landed or failed."""
+        """Waits until all that the SSD tier has a place for is written, or has failed to be."""
         self._core.flush()
 
     def drop_tier(self, tier: str) -> None:
@@ -159,3 +182,9 @@ class AttentionStore:
     def check_invariants(self) -> None:
         """Aborts the process on a broken invariant; for tests."""
         self._core.check_invariants()
+
+
+def _checked(seconds: float) -> float:
+    if not 0 <= seconds <= 1e9:
+        raise ValueError(f"seconds must be in [0, 1e9], not {seconds}")
+    return seconds

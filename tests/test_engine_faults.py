@@ -218,12 +218,13 @@ def test_an_outage_is_logged_once(baseline, tmp_path, caplog):
     )
     store = ca.AttentionStore(config, baseline.store.layout)
     prompt = list(range(1, 10 * BLOCK))
+    few = ca.SamplingParams(max_tokens=4)
     with ca.Engine(baseline.model, None, store, owns_store=True, **OPTIONS) as engine:
-        want = engine.generate(prompt)
+        want = engine.generate(prompt, few)
         store.flush()
         store.drop_tier("dram")
         os.truncate(tmp_path / "blocks", 2 << 20)
-        assert [engine.generate(prompt).token_ids for _ in range(2)] == [want.token_ids] * 2
+        assert [engine.generate(prompt, few).token_ids for _ in range(2)] == [want.token_ids] * 2
         assert store.stats()["outages"] == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert caplog.messages[0].startswith("SSD tier off: ")

@@ -63,7 +63,7 @@ def test_random_conversations(model_path, tmp_path, policy, device_slots):
     with open_engine(model_path, **options) as engine:
         want, _ = play(engine, seed)
     store = ca.StoreConfig(
-        dram=36 * SLOT_BYTES,
+        dram=24 * SLOT_BYTES,
         ssd=(60 * SLOT_BYTES) + (2 << 20),
         path=str(tmp_path / "kv"),
         device=device_slots * (SLOT_BYTES - 4096),

@@ -105,9 +105,12 @@ class CA_API Policy {
   // The same among the conversations of one tenant, where idle ones go by least recent use whatever
   // the kind. REQUIRES: by_tenant.
   virtual Conversation Victim(Tier tier, uint32_t tenant) = 0;
-  // True: `a` goes from `tier` before `b` does. False for equals.
+  // True: `a` goes from `tier` before `b` does, whole_conversation aside. False for equals.
   virtual bool GoesBefore(Tier tier, Conversation a, Conversation b) = 0;
-  // Is it waiting, and is it at work?
+  // Grows with every turn that begins or ends.
+  virtual uint64_t last_use(Conversation conversation) const = 0;
+  // Is it over, waiting, at work?
+  virtual bool over(Conversation conversation) const = 0;
   virtual bool waiting(Conversation conversation) const = 0;
   virtual bool in_service(Conversation conversation) const = 0;
 

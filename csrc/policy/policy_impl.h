@@ -42,6 +42,8 @@ class PolicyImpl final : public Policy {
   Conversation Victim(Tier tier) override;
   Conversation Victim(Tier tier, uint32_t tenant) override;
   bool GoesBefore(Tier tier, Conversation a, Conversation b) override;
+  uint64_t last_use(Conversation id) const override { return Live(id).used; }
+  bool over(Conversation id) const override { return Live(id).over; }
   bool waiting(Conversation id) const override { return Live(id).waiting(); }
   bool in_service(Conversation id) const override { return Live(id).in_service > 0; }
   void Restored(Conversation id) override;

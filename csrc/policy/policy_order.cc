@@ -180,8 +180,9 @@ Conversation PolicyImpl::Victim(Tier tier, uint32_t tenant) {
 bool PolicyImpl::GoesBefore(Tier tier, Conversation a, Conversation b) {
   const Record &first = Live(a), &second = Live(b);
   Advance();
-  if (a == b || IsLeaving(tier, b)) return false;
-  if (IsLeaving(tier, a)) return true;
+  // That a conversation has begun to leave does not count: what its copies give way to must stay
+  // above them, or two conversations could take each other's places in turn for ever.
+  if (a == b) return false;
   const CellId cell_a = CellOf(first, tier), cell_b = CellOf(second, tier);
   if (cell_a == cell_b) return std::pair(first.key, a) < std::pair(second.key, b);
   if (learns() && cell_a == kPromisedCell && cell_b >= kIdleCell) {

@@ -6,47 +6,13 @@
 #include <string>
 
 #include "csrc/python/bindings.h"
+#include "csrc/python/choices.h"
 #include "csrc/store/attention_store.h"
 
 namespace py = pybind11;
 
 namespace cachedattn {
 namespace {
-
-constexpr const char* kTierNames[kNumTiers] = {"device", "dram", "ssd"};
-
-[[noreturn]] void RaiseChoice(const char* argument, const std::string& value, const char* choices) {
-  throw py::value_error(std::string(argument) + " must be one of " + choices + ", not '" + value +
-                        "'");
-}
-
-DType ParseDType(const std::string& name) {
-  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    if (name == Name(dtype)) return dtype;
-  }
-  RaiseChoice("dtype", name, "'float32', 'bfloat16', 'float16'");
-}
-
-PolicyKind ParsePolicy(const std::string& name) {
-  if (name == "lookahead") return PolicyKind::kLookahead;
-  if (name == "lru") return PolicyKind::kLru;
-  if (name == "fifo") return PolicyKind::kFifo;
-  RaiseChoice("policy", name, "'lookahead', 'lru', 'fifo'");
-}
-
-IoKind ParseIo(const std::string& name) {
-  if (name == "auto") return IoKind::kAuto;
-  if (name == "uring") return IoKind::kUring;
-  if (name == "threads") return IoKind::kThreads;
-  RaiseChoice("io", name, "'auto', 'uring', 'threads'");
-}
-
-Tier ParseTier(const std::string& name) {
-  for (uint32_t i = 0; i < kNumTiers; ++i) {
-    if (name == kTierNames[i]) return static_cast<Tier>(i);
-  }
-  RaiseChoice("tier", name, "'device', 'dram', 'ssd'");
-}
 
 // In the order of TraceKind.
 constexpr const char* kTraceNames[] = {"read_start", "read_end", "load_start",  "load_end",
@@ -148,7 +114,7 @@ std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, u
   options.tenant_quota_bytes = tenant_quota_bytes;
   options.path = path;
   options.master_key_file = master_key_file;
-  options.policy = ParsePolicy(policy);
+  options.policy.kind = ParsePolicy(policy);
   options.dram_reserve = dram_reserve;
   options.io = ParseIo(io);
   options.io_depth = io_depth;
@@ -167,10 +133,11 @@ std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, u
 }
 
 std::shared_ptr<Chain> NewChain(PyStore& self, const py::object& tokens, const std::string& tenant,
-                                uint32_t window, double ratio, uint32_t keep_first) {
+                                uint32_t window, double ratio, uint32_t keep_first,
+                                const std::string& conversation) {
   const Truncation truncation{window, ratio, keep_first};
   RaiseIfError(truncation.Validate(self.get().layout().block_size));
-  auto chain = self.get().NewChain(tenant, truncation);
+  auto chain = self.get().NewChain(tenant, truncation, ConversationName(conversation));
   chain->Append(ToTokens(tokens));
   return chain;
 }
@@ -311,12 +278,25 @@ void BindSequence(py::module_& module) {
              if (self.get().room() != 0) throw py::value_error("the window is not full");
              self.get().Truncate();
            })
-      .def("commit",
-           [](Self& self) {
-             self.get().Commit();
-             self.sequence.reset();
-           })
+      .def(
+          "commit",
+          [](Self& self, const std::string& finish_reason) {
+            self.get().Commit(ParseFinish(finish_reason));
+            self.sequence.reset();
+          },
+          py::arg("finish_reason") = "")
       .def("close", [](Self& self) { self.sequence.reset(); });
+}
+
+void BindHints(py::class_<PyStore, std::shared_ptr<PyStore>>* store) {
+  store->def(
+      "advise",
+      [](PyStore& self, const std::string& tenant, const std::string& conversation,
+         const std::string& advice, double seconds) {
+        self.get().Advise(tenant, ConversationName(conversation), ParseAdvice(advice),
+                          static_cast<int64_t>(seconds * 1e9));
+      },
+      py::arg("tenant"), py::arg("conversation"), py::arg("advice"), py::arg("seconds"));
 }
 
 }  // namespace
@@ -324,7 +304,9 @@ void BindSequence(py::module_& module) {
 void BindStore(py::module_& module) {
   BindValues(module);
   BindSequence(module);
-  py::class_<PyStore, std::shared_ptr<PyStore>>(module, "AttentionStore")
+  py::class_<PyStore, std::shared_ptr<PyStore>> store(module, "AttentionStore");
+  BindHints(&store);
+  store
       .def(py::init(&OpenStore), py::kw_only(), py::arg("num_layers"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::arg("block_size"), py::arg("dtype"), py::arg("identity"),
            py::arg("model_name"), py::arg("device_bytes"), py::arg("dram_bytes"),
@@ -340,7 +322,7 @@ void BindStore(py::module_& module) {
       .def_property_readonly("io_report", [](PyStore& self) { return self.get().io_report(); })
       .def("close", &PyStore::Close)
       .def("new_chain", &NewChain, py::arg("tokens"), py::arg("tenant"), py::arg("window"),
-           py::arg("ratio"), py::arg("keep_first"))
+           py::arg("ratio"), py::arg("keep_first"), py::arg("conversation") = "")
       .def("set_queue",
            [](PyStore& self, const std::vector<std::shared_ptr<Chain>>& waiting) {
              std::vector<const Chain*> chains;
@@ -350,6 +332,12 @@ void BindStore(py::module_& module) {
       .def("lookup", [](PyStore& self, const Chain& chain) { return self.get().Lookup(chain); })
       .def("begin", &Begin, py::arg("chain"), py::arg("max_history") = UINT32_MAX)
       .def("poll", [](PyStore& self) { self.get().Poll(); })
+      .def("drain",
+           [](PyStore& self) {
+             AttentionStore& store = self.get();
+             py::gil_scoped_release release;
+             return store.Drain();
+           })
       .def(
           "erase_tenant",
           [](PyStore& self, const std::string& tenant) {

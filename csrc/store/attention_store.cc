@@ -84,6 +84,20 @@ class StoreImpl final : public AttentionStore {
     if (core_->usable()) core_->SetQueue(waiting);
   }
 
+  void Advise(std::string_view tenant, uint64_t conversation, Advice advice, int64_t ns) override {
+    const MemoryReserve::Use use(&core_->memory);
+    if (!core_->usable() || conversation == 0) return;
+    const auto index = core_->directory.FindTenant(core_->tiers.IdOf(tenant));
+    if (!index) return;  // it has nothing here
+    Policy* policy = core_->policy.get();
+    const Conversation handle = policy->Hold(conversation, *index);
+    if (advice == Advice::kOver) policy->SetOver(handle);
+    if (advice == Advice::kTimeToLive) policy->SetTimeToLive(handle, ns);
+    if (advice == Advice::kLease) policy->SetLease(handle, ns);
+    if (advice == Advice::kReturn) policy->SetReturn(handle, ns);
+    policy->Release(handle);
+  }
+
   CachedTokens Lookup(const Chain& chain) override {
     const MemoryReserve::Use use(&core_->memory);
     if (!core_->usable() || chain.num_tokens() == 0) return CachedTokens();
@@ -100,6 +114,10 @@ class StoreImpl final : public AttentionStore {
   void Poll() override {
     const MemoryReserve::Use use(&core_->memory);
     if (core_->usable()) core_->Drive(0);
+  }
+  bool Drain() override {
+    const MemoryReserve::Use use(&core_->memory);
+    return core_->usable() && core_->Drain();
   }
   void Flush() override {
     const MemoryReserve::Use use(&core_->memory);

@@ -26,6 +26,13 @@
 
 namespace cachedattn {
 
+enum class Advice : uint8_t {
+  kOver = 0,        // no turn will come; one that does takes it back
+  kTimeToLive = 1,  // over when idle for so long; 0: not
+  kLease = 2,       // keep it for so long; 0: no longer
+  kReturn = 3,      // the next turn comes after so long
+};
+
 struct StoreOptions {
   KvLayout layout;
   Digest identity;            // of the model and everything the KV depends on but the tokens
@@ -39,7 +46,7 @@ struct StoreOptions {
   // What a tenant's blocks take at most of DRAM, and of SSD; 0: no limit. The slots of running
   // sequences count, but are not refused.
   uint64_t tenant_quota_bytes = 0;
-  PolicyKind policy = PolicyKind::kLookahead;
+  PolicyOptions policy;
   // False: a device copy goes as soon as its turn has ended and it is saved.
   bool keep_on_device = true;
   double dram_reserve = 0.1;  // share of DRAM slots kept free so that a fetch never waits
@@ -135,6 +142,11 @@ class CA_API AttentionStore {
   // (design D6). The chains are not kept.
   virtual void SetQueue(std::span<const Chain* const> waiting) = 0;
 
+  // What the user knows of a conversation, by its name. Advice: it changes what is kept longest,
+  // and is forgotten with the conversation. `ns` counts from now on.
+  virtual void Advise(std::string_view tenant, uint64_t conversation, Advice advice,
+                      int64_t ns = 0) = 0;
+
   virtual CachedTokens Lookup(const Chain& chain) = 0;
 
   // Starts a turn over `chain`: pins its longest reusable history (at most `max_history` tokens,
@@ -147,7 +159,9 @@ class CA_API AttentionStore {
   // Lets finished I/O take effect, starts what is due. Never blocks.
   virtual void Poll() = 0;
 
-  // Waits until every save has landed (or failed).
+  // Waits until every save and write that is under way has ended. False: none was.
+  virtual bool Drain() = 0;
+  // The same, and writes what DRAM alone has to the SSD, as far as it is worth a place there.
   virtual void Flush() = 0;
 
   // Drops every copy in `tier` that nothing uses; kDram lands unsaved blocks on SSD first.

@@ -1,6 +1,7 @@
 #include "csrc/store/chain.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 namespace cachedattn {
@@ -26,6 +27,14 @@ Status Truncation::Validate(uint32_t block_size) const {
                       std::to_string(keep_first) + " (keep_first)");
   }
   return Status();
+}
+
+uint64_t ConversationName(std::string_view name) {
+  if (name.empty()) return 0;
+  const TenantId id = TenantIdOf(name);  // a hash of the name
+  uint64_t number = 0;
+  std::memcpy(&number, &id, sizeof number);
+  return number | 1;
 }
 
 Chain::Chain(const TenantId& tenant, const BlockKey& root, uint32_t block_size,

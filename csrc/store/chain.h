@@ -10,6 +10,7 @@
 
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "csrc/base/block_key.h"
@@ -25,6 +26,9 @@ struct Truncation {
   // kInvalidArgument when ratio is not in (0, 1] or the window holds no block to drop.
   CA_API Status Validate(uint32_t block_size) const;
 };
+
+// The number that stands for a conversation's name; 0 for ''.
+CA_API uint64_t ConversationName(std::string_view name);
 
 class CA_API Chain {
  public:

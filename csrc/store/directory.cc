@@ -9,12 +9,11 @@ void BlockPin::Release() {
   block_.reset();
 }
 
-Directory::Directory(uint32_t block_size, bool by_tenant)
-    : block_size_(block_size), by_tenant_(by_tenant) {}
+Directory::Directory(uint32_t block_size, Policy* policy)
+    : block_size_(block_size), policy_(policy) {}
 
-void Directory::Reserve(Tier tier, uint32_t num_copies) {
-  blocks_.reserve(blocks_.bucket_count() + num_copies);
-  saved_[Index(tier)].Reserve(num_copies);
+void Directory::Reserve(uint32_t num_blocks) {
+  blocks_.reserve(blocks_.bucket_count() + num_blocks);
 }
 
 BlockRef Directory::Find(const BlockKey& key) const {
@@ -23,7 +22,7 @@ BlockRef Directory::Find(const BlockKey& key) const {
 }
 
 BlockRef Directory::Insert(uint32_t tenant, const BlockKey& key, const BlockKey& parent,
-                           uint32_t num_tokens, uint32_t depth) {
+                           uint32_t num_tokens, uint32_t depth, bool follows, Conversation owner) {
   CA_CHECK(num_tokens > 0 && num_tokens <= block_size_);
   CA_CHECK(tenant < tenants_.size());
   auto block = std::make_shared<Block>();
@@ -33,9 +32,43 @@ BlockRef Directory::Insert(uint32_t tenant, const BlockKey& key, const BlockKey&
   block->num_tokens = num_tokens;
   block->depth = depth;
   block->listed = true;
+  block->follows = follows;
+  if (const auto node = orphans_.extract(key); !node.empty()) {
+    for (uint32_t t = 0; t < kNumTiers; ++t) block->copies[t].followers = node.mapped()[t];
+  }
   CA_CHECK(blocks_.insert(block).second);
   if (part_filled(*block)) partials_.insert(block.get());
+  SetOwner(block.get(), owner);
   return block;
+}
+
+void Directory::SetOwner(Block* block, Conversation owner) {
+  if (!block->listed || block->owner == owner) return;
+  const Conversation before = block->owner;
+  policy_->Hold(owner);
+  if (last_.size() <= owner) last_.resize(owner + 1);
+  for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
+    if (block->copy(tier).listed) Delist(block, tier);
+  }
+  block->owner = owner;
+  for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) Enlist(block, tier, End::kBack);
+  if (before != kNoConversation) policy_->Release(before);
+}
+
+void Directory::Detach(Block* block) {
+  if (!block->follows) return;
+  for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
+    if (CountsAsFollower(*block, tier)) CountFollower(*block, tier, -1);
+  }
+  block->follows = false;
+}
+
+Block* Directory::Last(Conversation conversation, Tier tier) const {
+  return conversation < last_.size() ? last_[conversation][Index(tier)].first : nullptr;
+}
+
+bool Directory::ends_chain(const Block& block) const {
+  return std::ranges::all_of(block.copies, [](const Copy& copy) { return copy.followers == 0; });
 }
 
 uint32_t Directory::TenantIndex(const TenantId& id) {
@@ -52,7 +85,7 @@ std::optional<uint32_t> Directory::FindTenant(const TenantId& id) const {
 BlockHeader Directory::HeaderOf(const Block& block) const {
   return {.key = block.key,
           .parent = block.parent,
-          .tenant = tenants_[block.tenant].id,
+          .tenant = tenants_[block.tenant],
           .num_tokens = block.num_tokens,
           .depth = block.depth,
           .generation = block.generation};
@@ -91,62 +124,114 @@ void Directory::Forget(Block* block) {
 }
 
 void Directory::Unlist(Block* block) {
+  std::array<uint32_t, kNumTiers> followers;
+  for (uint32_t t = 0; t < kNumTiers; ++t) {
+    followers[t] = std::exchange(block->copies[t].followers, 0);
+  }
+  for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
+    if (CountsAsFollower(*block, tier)) CountFollower(*block, tier, -1);
+    if (block->copy(tier).listed) Delist(block, tier);
+    num_idle_[Index(tier)] -= IsIdle(*block, tier);
+  }
   block->listed = false;
-  for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) UpdateEvictable(block, tier);
+  policy_->Release(std::exchange(block->owner, kNoConversation));
   if (part_filled(*block)) {
     const auto [first, last] = partials_.equal_range(block->parent);
     partials_.erase(std::find(first, last, block));
   }
   replaced_.erase(block);
-  blocks_.erase(blocks_.find(block->key));  // the block may go with its entry
+  const BlockKey key = block->key;
+  blocks_.erase(blocks_.find(key));  // the block may go with its entry
+  if (followers != std::array<uint32_t, kNumTiers>{}) orphans_[key] = followers;
+}
+
+bool Directory::CountsAsFollower(const Block& block, Tier tier) {
+  return block.listed && block.follows && !block.absent(tier) && !block.copy(tier).leaving;
+}
+
+bool Directory::IsIdle(const Block& block, Tier tier) {
+  const Copy& copy = block.copy(tier);
+  return block.listed && copy.state == CopyState::kReady && copy.pins == 0 && !copy.leaving;
+}
+
+void Directory::Change(Block* block, Tier tier, const auto& change) {
+  const bool followed = CountsAsFollower(*block, tier), idle = IsIdle(*block, tier);
+  if (block->copy(tier).listed) Delist(block, tier);
+  change(&block->copy(tier));
+  num_idle_[Index(tier)] += IsIdle(*block, tier) - idle;
+  Enlist(block, tier, End::kBack);
+  const int more = CountsAsFollower(*block, tier) - followed;
+  if (more != 0) CountFollower(*block, tier, more);
+}
+
+void Directory::CountFollower(const Block& block, Tier tier, int more) {
+  const auto it = blocks_.find(block.parent);
+  if (it != blocks_.end()) {
+    Block* parent = it->get();
+    parent->copy(tier).followers += more;
+    if (parent->copy(tier).listed) Delist(parent, tier);
+    Enlist(parent, tier, End::kFront);  // it goes right after what has followed it
+    return;
+  }
+  auto& followers = orphans_[block.parent];
+  followers[Index(tier)] += more;
+  if (followers == std::array<uint32_t, kNumTiers>{}) orphans_.erase(block.parent);
+}
+
+Directory::List* Directory::ListOf(const Block& block, Tier tier) {
+  return block.copy(tier).leaving ? &leaving_[Index(tier)] : &last_[block.owner][Index(tier)];
+}
+
+// Puts a copy that may go into its list.
+void Directory::Enlist(Block* block, Tier tier, End end) {
+  Copy& copy = block->copy(tier);
+  if (!block->listed || copy.state != CopyState::kReady || copy.pins > 0) return;
+  if (copy.followers > 0 && !copy.leaving) return;
+  List* list = ListOf(*block, tier);
+  copy.listed = true;
+  copy.previous = end == End::kFront ? nullptr : list->last;
+  copy.next = end == End::kFront ? list->first : nullptr;
+  (copy.previous ? copy.previous->copy(tier).next : list->first) = block;
+  (copy.next ? copy.next->copy(tier).previous : list->last) = block;
+  if (list->size++ == 0 && !copy.leaving) policy_->SetEvictable(block->owner, tier, true);
+}
+
+void Directory::Delist(Block* block, Tier tier) {
+  Copy& copy = block->copy(tier);
+  List* list = ListOf(*block, tier);
+  copy.listed = false;
+  (copy.previous ? copy.previous->copy(tier).next : list->first) = copy.next;
+  (copy.next ? copy.next->copy(tier).previous : list->last) = copy.previous;
+  if (--list->size == 0 && !copy.leaving) policy_->SetEvictable(block->owner, tier, false);
 }
 
 void Directory::SetState(Block* block, Tier tier, CopyState from, CopyState to) {
-  Copy& copy = block->copy(tier);
-  CA_CHECK(copy.state == from);
-  copy.state = to;
-  UpdateEvictable(block, tier);
+  CA_CHECK(block->copy(tier).state == from);
+  Change(block, tier, [to](Copy* copy) {
+    copy->state = to;
+    if (to == CopyState::kAbsent) copy->leaving = false;
+  });
   if (to != CopyState::kAbsent) return;
-  copy.unsaved = false;
   for (const Copy& other : block->copies) {
     if (other.state != CopyState::kAbsent) return;
   }
   if (block->listed) Unlist(block);
 }
 
-// Puts a copy into the order of those that may go, or takes it out.
-void Directory::UpdateEvictable(Block* block, Tier tier) {
-  const Copy& copy = block->copy(tier);
-  const bool listed = block->heap_positions[Index(tier)] != kNotInHeap;
-  if (!block->listed || copy.state != CopyState::kReady || copy.pins > 0) {
-    if (listed) Leave(block, tier);
-  } else if (!listed) {
-    (copy.unsaved ? unsaved_ : saved_)[Index(tier)].Push(block);
-    if (by_tenant_ && !copy.unsaved) tenants_[block->tenant].saved[Index(tier)].Push(block);
-  }
-}
-
-void Directory::Leave(Block* block, Tier tier) {
-  const bool unsaved = block->copy(tier).unsaved;
-  (unsaved ? unsaved_ : saved_)[Index(tier)].Erase(block);
-  if (by_tenant_ && !unsaved) tenants_[block->tenant].saved[Index(tier)].Erase(block);
-}
-
-void Directory::SetUnsaved(Block* block, Tier tier, bool unsaved) {
-  Copy& copy = block->copy(tier);
-  if (copy.unsaved == unsaved) return;
-  CA_CHECK(copy.state != CopyState::kAbsent);
-  if (block->heap_positions[Index(tier)] != kNotInHeap) Leave(block, tier);
-  copy.unsaved = unsaved;
-  UpdateEvictable(block, tier);
+void Directory::SetLeaving(Block* block, Tier tier, bool leaving) {
+  if (block->copy(tier).leaving == leaving) return;
+  CA_CHECK(!block->absent(tier));
+  Change(block, tier, [leaving](Copy* copy) { copy->leaving = leaving; });
 }
 
 BlockPin Directory::Pin(const BlockRef& block, Tier tier) {
   Copy& copy = block->copy(tier);
   CA_CHECK(copy.state != CopyState::kAbsent);
-  if (copy.pins++ == 0) {
-    ++num_pinned_[static_cast<int>(tier)];
-    UpdateEvictable(block.get(), tier);
+  if (copy.pins > 0) {
+    ++copy.pins;
+  } else {
+    ++num_pinned_[Index(tier)];
+    Change(block.get(), tier, [](Copy* c) { c->pins = 1; });
   }
   return BlockPin(this, block, tier);
 }
@@ -154,18 +239,11 @@ BlockPin Directory::Pin(const BlockRef& block, Tier tier) {
 void Directory::Unpin(Block* block, Tier tier) {
   Copy& copy = block->copy(tier);
   CA_CHECK(copy.pins > 0);
-  if (--copy.pins == 0) {
-    --num_pinned_[static_cast<int>(tier)];
-    UpdateEvictable(block, tier);
-  }
-}
-
-void Directory::Rerank(Block* block) {
-  for (uint32_t t = 0; t < kNumTiers; ++t) {
-    if (block->heap_positions[t] == kNotInHeap) continue;
-    (block->copies[t].unsaved ? unsaved_ : saved_)[t].Rerank(block);
-    if (block->heap_positions[kNumTiers + t] == kNotInHeap) continue;
-    tenants_[block->tenant].saved[t].Rerank(block);
+  if (copy.pins > 1) {
+    --copy.pins;
+  } else {
+    --num_pinned_[Index(tier)];
+    Change(block, tier, [](Copy* c) { c->pins = 0; });
   }
 }
 
@@ -173,38 +251,41 @@ void Directory::SetReplaced(Block* block, std::vector<BlockKey> tails) {
   if (!tails.empty()) replaced_[block] = std::move(tails);
 }
 
-void Directory::DropReplaced(Block* block) {
-  const auto node = replaced_.extract(block);
-  if (node.empty()) return;
-  for (const BlockKey& key : node.mapped()) {
+void Directory::DropReplaced(Block* block, bool on_ssd) {
+  const auto it = replaced_.find(block);
+  if (it == replaced_.end()) return;
+  std::erase_if(it->second, [&](const BlockKey& key) {
     const BlockRef old = Find(key);
-    if (old == nullptr) continue;
+    if (old == nullptr) return true;
     for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
+      if (tier == Tier::kSsd && !on_ssd) continue;
       if (old->ready(tier) && old->copy(tier).pins == 0) Drop(old.get(), tier);
     }
-  }
+    return !old->listed || on_ssd;
+  });
+  if (it->second.empty()) replaced_.erase(it);
 }
 
 void Directory::CheckInvariants(std::vector<SlotId> (*places)[kNumTiers]) const {
-  uint32_t pinned[kNumTiers] = {};
-  size_t evictable[kNumTiers] = {};
+  uint32_t pinned[kNumTiers] = {}, idle[kNumTiers] = {}, enlisted[kNumTiers] = {};
   size_t num_partials = 0;
+  std::unordered_map<BlockKey, std::array<uint32_t, kNumTiers>, DigestHash> followers;
   const auto visit = [&](const Block& block, bool listed) {
     bool any = false;
-    CA_CHECK(block.listed == listed);
-    for (uint32_t t = 0; t < kNumTiers; ++t) {
-      const Copy& copy = block.copies[t];
+    CA_CHECK(block.listed == listed && listed == (block.owner != kNoConversation));
+    for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
+      const Copy& copy = block.copy(tier);
       const bool absent = copy.state == CopyState::kAbsent;
       CA_CHECK(absent == !copy.slot);
-      CA_CHECK(!absent || (copy.pins == 0 && !copy.unsaved));
+      CA_CHECK(!absent || (copy.pins == 0 && !copy.leaving));
       const bool may_go = listed && copy.state == CopyState::kReady && copy.pins == 0;
-      CA_CHECK(may_go == (block.heap_positions[t] != kNotInHeap));
-      const bool own = may_go && by_tenant_ && !copy.unsaved;
-      CA_CHECK(own == (block.heap_positions[kNumTiers + t] != kNotInHeap));
-      evictable[t] += may_go;
-      pinned[t] += copy.pins > 0;
+      CA_CHECK(copy.listed == (may_go && (copy.leaving || copy.followers == 0)));
+      idle[Index(tier)] += may_go && !copy.leaving;
+      enlisted[Index(tier)] += copy.listed;
+      pinned[Index(tier)] += copy.pins > 0;
       any = any || !absent;
-      if (!absent) (*places)[t].push_back(copy.slot.id());
+      if (!absent) (*places)[Index(tier)].push_back(copy.slot.id());
+      if (CountsAsFollower(block, tier)) ++followers[block.parent][Index(tier)];
     }
     CA_CHECK(any || !listed);
   };
@@ -215,21 +296,36 @@ void Directory::CheckInvariants(std::vector<SlotId> (*places)[kNumTiers]) const 
   for (const auto& weak : forgotten_) {
     if (const BlockRef block = weak.lock()) visit(*block, false);
   }
+  size_t num_orphaned = 0;
+  for (const auto& [key, counts] : followers) {
+    const BlockRef parent = Find(key);
+    num_orphaned += parent == nullptr;
+    for (uint32_t t = 0; t < kNumTiers; ++t) {
+      CA_CHECK(counts[t] == (parent ? parent->copies[t].followers : orphans_.at(key)[t]));
+    }
+  }
+  CA_CHECK(num_orphaned == orphans_.size());
   for (const Block* block : partials_) CA_CHECK(block->listed && part_filled(*block));
   CA_CHECK(num_partials == partials_.size());
   for (const auto& [block, tails] : replaced_) CA_CHECK(block->listed && !tails.empty());
   for (uint32_t t = 0; t < kNumTiers; ++t) {
-    CA_CHECK(pinned[t] == num_pinned_[t]);
-    CA_CHECK(evictable[t] == saved_[t].size() + unsaved_[t].size());
-    saved_[t].CheckInvariants();
-    unsaved_[t].CheckInvariants();
-    size_t own = 0;
-    for (const Tenant& tenant : tenants_) {
-      tenant.saved[t].CheckInvariants();
-      own += tenant.saved[t].size();
-    }
-    CA_CHECK(own == (by_tenant_ ? saved_[t].size() : 0));
+    CA_CHECK(pinned[t] == num_pinned_[t] && idle[t] == num_idle_[t]);
+    uint32_t in_lists = CheckList(leaving_[t], t);
+    for (const auto& lists : last_) in_lists += CheckList(lists[t], t);
+    CA_CHECK(in_lists == enlisted[t]);
   }
+}
+
+uint32_t Directory::CheckList(const List& list, uint32_t tier) {
+  uint32_t size = 0;
+  const Block* previous = nullptr;
+  for (const Block* block = list.first; block != nullptr; block = block->copies[tier].next) {
+    CA_CHECK(block->copies[tier].listed && block->copies[tier].previous == previous);
+    previous = block;
+    ++size;
+  }
+  CA_CHECK(list.last == previous && list.size == size);
+  return size;
 }
 
 }  // namespace cachedattn

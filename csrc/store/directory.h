@@ -3,9 +3,14 @@
 // Only the directory changes the state of a copy; each change is one function that checks the old
 // state. The rights it hands out are move-only: Transfer (may write the bytes of a copy) and
 // BlockPin (the copy stays where it is). Belongs to the control thread.
+//
+// It also keeps, for each conversation and tier, the copies that may go: a conversation loses its
+// last blocks first, since a hit is a contiguous prefix, and a block that several conversations
+// share goes when the last of those that follow it has gone. Which conversation loses one is the
+// policy's.
 #pragma once
 
-#include <deque>
+#include <array>
 #include <map>
 #include <memory>
 #include <optional>
@@ -15,7 +20,7 @@
 #include <utility>
 #include <vector>
 
-#include "csrc/store/rank_heap.h"
+#include "csrc/store/block.h"
 #include "csrc/tier/ssd_tier.h"
 
 namespace cachedattn {
@@ -66,23 +71,28 @@ class BlockPin {
 
 class Directory {
  public:
-  // `by_tenant`: the order in which copies go is kept for each tenant too (quotas need it).
-  Directory(uint32_t block_size, bool by_tenant);
+  // `policy` outlives the directory, which tells it what may go.
+  Directory(uint32_t block_size, Policy* policy);
 
-  // Memory for as many copies at once: later growth would be a pause.
-  void Reserve(Tier tier, uint32_t num_copies);
+  // Memory for as many more blocks at once: later growth would be a pause.
+  void Reserve(uint32_t num_blocks);
 
   // The listed block, or nullptr.
   BlockRef Find(const BlockKey& key) const;
-  // Lists a block without copies; the caller begins to fill one at once.
+  // Lists a block without copies; the caller begins to fill one at once. `follows`: the block of
+  // `parent` comes before it in the context too.
   BlockRef Insert(uint32_t tenant, const BlockKey& key, const BlockKey& parent, uint32_t num_tokens,
-                  uint32_t depth);
+                  uint32_t depth, bool follows, Conversation owner);
+  // A turn of `owner` uses the block, which holds its owner.
+  void SetOwner(Block* block, Conversation owner);
+  // A cut has taken the blocks before this one out of the context.
+  void Detach(Block* block);
 
   // Tenants by small numbers, given out as they come.
   uint32_t TenantIndex(const TenantId& id);
   std::optional<uint32_t> FindTenant(const TenantId& id) const;
   uint32_t num_tenants() const { return static_cast<uint32_t>(tenants_.size()); }
-  const TenantId& tenant(uint32_t index) const { return tenants_[index].id; }
+  const TenantId& tenant(uint32_t index) const { return tenants_[index]; }
   // What the slot of its SSD copy says.
   BlockHeader HeaderOf(const Block& block) const;
 
@@ -99,16 +109,18 @@ class Directory {
 
   BlockPin Pin(const BlockRef& block, Tier tier);
 
-  // Copies of `tier` that are kReady and not pinned, the first to go on top: those that wait for no
-  // save or write to the next tier, those of one tenant alone, and the others (Copy::unsaved).
-  const RankHeap& saved(Tier tier) const { return saved_[Index(tier)]; }
-  const RankHeap& saved(Tier tier, uint32_t tenant) const {
-    return tenants_[tenant].saved[Index(tier)];
-  }
-  const RankHeap& unsaved(Tier tier) const { return unsaved_[Index(tier)]; }
-  void SetUnsaved(Block* block, Tier tier, bool unsaved);
-  // After what Block::rank() is made of has changed.
-  void Rerank(Block* block);
+  // The copy of `conversation` in `tier` that goes next: kReady, not pinned, not leaving, followed
+  // by none. nullptr: none may go now.
+  Block* Last(Conversation conversation, Tier tier) const;
+  // Copies in `tier` that are kReady, not pinned and not leaving, followed or not.
+  uint32_t num_idle(Tier tier) const { return num_idle_[Index(tier)]; }
+  // The same of those that are leaving, and the one that has been for longest.
+  uint32_t num_leaving(Tier tier) const { return leaving_[Index(tier)].size; }
+  Block* FirstLeaving(Tier tier) const { return leaving_[Index(tier)].first; }
+  // Copy::leaving. Those before it may go meanwhile.
+  void SetLeaving(Block* block, Tier tier, bool leaving);
+  // Nothing follows the block, in any tier.
+  bool ends_chain(const Block& block) const;
 
   // Part-filled blocks after `parent`.
   auto partials(const BlockKey& parent) const {
@@ -118,8 +130,9 @@ class Directory {
   bool part_filled(const Block& block) const { return block.num_tokens < block_size_; }
   // When `block` has landed, these part-filled tails are useless.
   void SetReplaced(Block* block, std::vector<BlockKey> tails);
-  // Drops the part-filled tails that `block` replaces, as far as nothing uses them.
-  void DropReplaced(Block* block);
+  // Drops the part-filled tails that `block` replaces, as far as nothing uses them: on SSD too once
+  // it is `on_ssd` itself, or there is no SSD tier.
+  void DropReplaced(Block* block, bool on_ssd);
 
   void ForEach(const auto& visit) const {
     for (const BlockRef& block : blocks_) visit(*block);
@@ -145,27 +158,41 @@ class Directory {
   using ByKey = By<&Block::key>;
   using ByParent = By<&Block::parent>;
 
-  struct Tenant {
-    explicit Tenant(const TenantId& tenant_id) : id(tenant_id) {}
-    TenantId id;
-    RankHeap saved[kNumTiers] = {RankHeap(3), RankHeap(4), RankHeap(5)};
+  // Linked by Copy::next and Copy::previous.
+  struct List {
+    Block* first = nullptr;
+    Block* last = nullptr;
+    uint32_t size = 0;
   };
+  enum class End : uint8_t { kFront, kBack };
 
   static constexpr int Index(Tier tier) { return static_cast<int>(tier); }
   void Unpin(Block* block, Tier tier);
   void SetState(Block* block, Tier tier, CopyState from, CopyState to);
-  void UpdateEvictable(Block* block, Tier tier);
-  void Leave(Block* block, Tier tier);
   void Unlist(Block* block);
 
+  // Changes a copy or its block by `change`, and then what follows from that: whether it is one
+  // more copy that follows another, and in which list it is.
+  void Change(Block* block, Tier tier, const auto& change);
+  static bool CountsAsFollower(const Block& block, Tier tier);
+  static bool IsIdle(const Block& block, Tier tier);
+  void CountFollower(const Block& block, Tier tier, int more);
+  List* ListOf(const Block& block, Tier tier);
+  void Enlist(Block* block, Tier tier, End end);
+  void Delist(Block* block, Tier tier);
+  static uint32_t CheckList(const List& list, uint32_t tier);  // its size
+
   const uint32_t block_size_;
-  const bool by_tenant_;
+  Policy* const policy_;
   std::unordered_set<BlockRef, ByKey, ByKey> blocks_;
   std::unordered_multiset<Block*, ByParent, ByParent> partials_;
   std::unordered_map<const Block*, std::vector<BlockKey>> replaced_;  // by the longer block
-  RankHeap saved_[kNumTiers] = {RankHeap(0), RankHeap(1), RankHeap(2)};
-  RankHeap unsaved_[kNumTiers] = {RankHeap(0), RankHeap(1), RankHeap(2)};
-  std::deque<Tenant> tenants_;
+  std::vector<std::array<List, kNumTiers>> last_;                     // by conversation
+  List leaving_[kNumTiers];
+  uint32_t num_idle_[kNumTiers] = {};
+  // Followers, by tier, of blocks that are not listed (any more).
+  std::unordered_map<BlockKey, std::array<uint32_t, kNumTiers>, DigestHash> orphans_;
+  std::vector<TenantId> tenants_;
   std::map<TenantId, uint32_t> tenant_index_;
   uint32_t num_pinned_[kNumTiers] = {};
   std::vector<std::weak_ptr<Block>> forgotten_;  // for the invariants alone

@@ -15,21 +15,31 @@ bool OnSsdOnly(const Block& block) {
 
 }  // namespace
 
-Prefetcher::Prefetcher(Tiers* tiers, Directory* directory, Evictor* evictor, Preloader* preloader)
+Prefetcher::Prefetcher(Tiers* tiers, Directory* directory, Policy* policy, Evictor* evictor,
+                       Preloader* preloader)
     : tiers_(tiers),
       directory_(directory),
+      policy_(policy),
       evictor_(evictor),
       preloader_(preloader),
       max_in_flight_(static_cast<uint32_t>(
           std::clamp<uint64_t>(kMaxBytesInFlight / tiers->layout.payload_bytes(), 2, 32))) {}
 
-void Prefetcher::Want(std::span<const BlockRef> blocks) {
+void Prefetcher::Clear() {
+  for (const Wanted& wanted : wanted_) policy_->Release(wanted.conversation);
+  wanted_.clear();
+  num_wanted_.clear();
+}
+
+void Prefetcher::Want(std::span<const BlockRef> blocks, Conversation conversation) {
   const SlotPool& slots = tiers_->dram->slots();
+  if (conversation == kNoConversation && !blocks.empty()) conversation = blocks.back()->owner;
   for (const BlockRef& block : blocks) {
     if (wanted_.size() >= slots.capacity()) return;
     if (!OnSsdOnly(*block)) continue;
     if (++num_wanted_[block->tenant] > slots.quota()) return;  // leave the list to other tenants
-    wanted_.push_back(block->key);
+    policy_->Hold(conversation);
+    wanted_.push_back({block->key, conversation});
   }
 }
 
@@ -38,13 +48,17 @@ void Prefetcher::Pump() {
   std::erase_if(running_, [](const FillRef& fill) { return fill->done || !fill->status.ok(); });
   while (!wanted_.empty() && running_.size() < max_in_flight_) {
     if (preloader_->reads_waiting() || !tiers_->ssd->can_submit()) return;
-    const BlockRef block = directory_->Find(wanted_.front());
-    if (block != nullptr && OnSsdOnly(*block) && evictor_->QuotaAdmits(*block)) {
-      if (!evictor_->MakeSpareRoom(*block)) return;  // tried again when something ends
+    const auto [key, conversation] = wanted_.front();
+    const BlockRef block = directory_->Find(key);
+    if (block != nullptr && OnSsdOnly(*block) &&
+        evictor_->QuotaAdmits(block->tenant, conversation)) {
+      // Tried again when something ends.
+      if (!evictor_->MakeSpareRoom(block->tenant, conversation)) return;
       Slot slot = tiers_->dram->slots().Take(block->tenant);
       running_.push_back(preloader_->StartRead(block, std::move(slot), /*whole=*/true, 0));
       preloader_->Pump();
     }
+    policy_->Release(conversation);
     wanted_.pop_front();
   }
 }

@@ -4,31 +4,34 @@
 #include <deque>
 
 #include "csrc/store/evict.h"
-#include "csrc/store/policy.h"
 #include "csrc/store/preload.h"
 
 namespace cachedattn {
 
 class Prefetcher {
  public:
-  Prefetcher(Tiers* tiers, Directory* directory, Evictor* evictor, Preloader* preloader);
+  Prefetcher(Tiers* tiers, Directory* directory, Policy* policy, Evictor* evictor,
+             Preloader* preloader);
 
-  void Clear() {
-    wanted_.clear();
-    num_wanted_.clear();
-  }
-  // Bring these blocks to DRAM, after those that were asked for before.
-  void Want(std::span<const BlockRef> blocks);
+  void Clear();
+  // Bring these blocks to DRAM for the conversation, after those that were asked for before;
+  // kNoConversation: that of the last of them.
+  void Want(std::span<const BlockRef> blocks, Conversation conversation);
   // Starts the next reads. Reads that a running sequence waits for go first.
   void Pump();
 
  private:
   Tiers* const tiers_;
   Directory* const directory_;
+  Policy* const policy_;
   Evictor* const evictor_;
   Preloader* const preloader_;
   const uint32_t max_in_flight_;  // blocks
-  std::deque<BlockKey> wanted_;
+  struct Wanted {
+    BlockKey key;
+    Conversation conversation;  // held
+  };
+  std::deque<Wanted> wanted_;
   std::unordered_map<uint32_t, uint32_t> num_wanted_;  // by tenant, since Clear
   std::vector<FillRef> running_;
 };

@@ -4,19 +4,17 @@
 
 namespace cachedattn {
 
-Saver::Saver(Tiers* tiers, Directory* directory, Evictor* evictor, WriteBehind* writes,
-             Trace* trace, bool keep_on_device)
+Saver::Saver(Tiers* tiers, Directory* directory, Evictor* evictor, Trace* trace,
+             bool keep_on_device)
     : tiers_(tiers),
       directory_(directory),
       evictor_(evictor),
-      writes_(writes),
       trace_(trace),
       keep_on_device_(keep_on_device) {}
 
 SaveRef Saver::Begin(SlotId device_slot, uint64_t sequence, uint32_t tenant) {
   if (!evictor_->KeepQuota(Tier::kDram, tenant, 1)) return nullptr;
-  if (!evictor_->CanMakeRoom(Tier::kDram, 1, false)) return nullptr;
-  evictor_->MakeRoom(Tier::kDram, 1, false, tenant);
+  if (!evictor_->MakeRoom(Tier::kDram, 1, false, tenant)) return nullptr;
   auto save = std::make_shared<Save>();
   save->device_slot = device_slot;
   save->target = tiers_->dram->slots().Take(tenant);
@@ -56,24 +54,23 @@ void Saver::Publish(const SaveRef& save, const BlockRef& block) {
 
 void Saver::Leave(const BlockRef& block) {
   const Copy& copy = block->copy(Tier::kDevice);
-  if (keep_on_device_ || !block->listed || copy.state != CopyState::kReady) return;
-  if (copy.pins > 0 || copy.unsaved) return;  // called again when that ends
+  if (!block->listed || copy.state != CopyState::kReady || copy.pins > 0 || copy.leaving) return;
   if (block->ready(Tier::kDram) || (tiers_->ssd_on && block->ready(Tier::kSsd))) {
-    directory_->Drop(block.get(), Tier::kDevice);
+    if (!keep_on_device_) directory_->Drop(block.get(), Tier::kDevice);
   } else if (block->absent(Tier::kDram)) {
-    Queue(block);
+    Queue(block);  // its other copies went while the turn ran
   }
 }
 
 void Saver::Queue(const BlockRef& block) {
-  directory_->SetUnsaved(block.get(), Tier::kDevice, true);
+  directory_->SetLeaving(block.get(), Tier::kDevice, true);
   queue_.push_back(block->key);
 }
 
 void Saver::Pump() {
   for (size_t left = queue_.size(); left > 0; --left) {
     const BlockRef block = directory_->Find(queue_.front());
-    if (block != nullptr && block->copy(Tier::kDevice).unsaved) {
+    if (block != nullptr && block->copy(Tier::kDevice).leaving) {
       if (block->absent(Tier::kDram)) {
         if (!evictor_->KeepQuota(Tier::kDram, block->tenant, 1)) {
           queue_.push_back(block->key);  // other tenants do not wait for it
@@ -84,7 +81,7 @@ void Saver::Pump() {
         if (save == nullptr) return;
         Publish(save, block);
       }
-      directory_->SetUnsaved(block.get(), Tier::kDevice, false);
+      directory_->SetLeaving(block.get(), Tier::kDevice, false);
       Leave(block);
     }
     queue_.pop_front();
@@ -108,8 +105,8 @@ void Saver::FinishIfLanded(Save* save) {
   directory_->FinishFill(std::move(save->transfer));
   save->source.Release();
   save->source_slot.Release();
+  directory_->DropReplaced(block.get(), tiers_->ssd == nullptr);
   Leave(block);
-  writes_->Queue(block.get());
 }
 
 void Saver::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {

@@ -30,8 +30,7 @@ using SaveRef = std::shared_ptr<Save>;
 
 class Saver {
  public:
-  Saver(Tiers* tiers, Directory* directory, Evictor* evictor, WriteBehind* writes, Trace* trace,
-        bool keep_on_device);
+  Saver(Tiers* tiers, Directory* directory, Evictor* evictor, Trace* trace, bool keep_on_device);
 
   // nullptr when DRAM, or the tenant's quota of it, has no slot for it now.
   SaveRef Begin(SlotId device_slot, uint64_t sequence, uint32_t tenant);
@@ -41,7 +40,8 @@ class Saver {
   // have landed. Without a place for it in the directory the save is given up.
   void Publish(const SaveRef& save, const BlockRef& block);
 
-  // No turn needs the device copy now: without keep_on_device it goes once it is elsewhere.
+  // The turn that used the device copy has ended: it is saved if it is the only one, and without
+  // keep_on_device it goes.
   void Leave(const BlockRef& block);
 
   // A listed block whose save found no DRAM slot: it is tried again when there is one.
@@ -66,11 +66,10 @@ class Saver {
   Tiers* const tiers_;
   Directory* const directory_;
   Evictor* const evictor_;
-  WriteBehind* const writes_;
   Trace* const trace_;
   const bool keep_on_device_;
   std::unordered_map<uint64_t, Slice> in_flight_;
-  std::deque<BlockKey> queue_;              // a block is in it at most once (Copy::unsaved)
+  std::deque<BlockKey> queue_;              // a block is in it at most once (Copy::leaving)
   std::vector<std::weak_ptr<Save>> saves_;  // for the invariants alone
   uint64_t next_tag_ = kSaveTag;
 };

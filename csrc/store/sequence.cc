@@ -44,6 +44,7 @@ Result<std::unique_ptr<Sequence>> SequenceImpl::Begin(std::shared_ptr<StoreCore>
   const History history = FindHistory(core->directory, *chain, limit, core->tiers.ssd_on);
   std::unique_ptr<SequenceImpl> sequence(new SequenceImpl(core, chain));
   if (Status status = sequence->TakeHistory(history); !status.ok()) return status;
+  sequence->Join(history);
 
   const CachedTokens& cached = sequence->cached_;
   ++core->counters.turns;
@@ -51,7 +52,6 @@ Result<std::unique_ptr<Sequence>> SequenceImpl::Begin(std::shared_ptr<StoreCore>
   core->counters.tokens_from_device += cached.by_tier[static_cast<int>(Tier::kDevice)];
   core->counters.tokens_from_dram += cached.by_tier[static_cast<int>(Tier::kDram)];
   core->counters.tokens_from_ssd += cached.by_tier[static_cast<int>(Tier::kSsd)];
-  core->policy.Touch(history.blocks);
   core->preloader.Pump();
   return std::unique_ptr<Sequence>(std::move(sequence));
 }
@@ -69,14 +69,11 @@ Status SequenceImpl::TakeHistory(const History& history) {
     pool_slots += needs_slot;
     staging_slots += needs_slot && pool == Tier::kDevice && block->absent(Tier::kDram);
   }
-  bool lose_pool = false, lose_staging = false;
-  if (!core_->CanMakeRoom(pool, pool_slots, &lose_pool) ||
-      !core_->CanMakeRoom(Tier::kDram, staging_slots, &lose_staging)) {
+  if (!core_->MakeRoom(pool, pool_slots, tenant_) ||
+      !core_->MakeRoom(Tier::kDram, staging_slots, tenant_)) {
     return Status(Code::kExhausted, "no room for " + std::to_string(history.blocks.size()) +
                                         " blocks of history now");
   }
-  core_->evictor.MakeRoom(pool, pool_slots, lose_pool, tenant_);
-  core_->evictor.MakeRoom(Tier::kDram, staging_slots, lose_staging, tenant_);
 
   cached_ = core_->Count(*chain_, history);
   for (size_t i = 0; i < history.blocks.size(); ++i) {
@@ -91,6 +88,24 @@ Status SequenceImpl::TakeHistory(const History& history) {
   num_computed_ = history.num_tokens;
   num_dropped_ = entries_.empty() ? 0 : entries_.back().index + 1 - entries_.size();
   return Status();
+}
+
+// The turn is one of the conversation whose end it goes on from, or of a new one.
+void SequenceImpl::Join(const History& history) {
+  Policy* policy = core_->policy.get();
+  prompt_tokens_ = chain_->num_tokens();
+  conversation_ = HoldConversation(policy, core_->directory, *chain_, tenant_, history);
+  if (conversation_ == kNoConversation) conversation_ = policy->Hold(0, tenant_);
+  policy->Begin(conversation_);
+  for (uint32_t i = 0; i < history.blocks.size(); ++i) {
+    core_->directory.SetOwner(history.blocks[i].get(), conversation_);
+    if (!follows(i)) core_->directory.Detach(history.blocks[i].get());
+  }
+}
+
+// The block before it in the context is the one before it in the chain, too.
+bool SequenceImpl::follows(uint32_t position) const {
+  return position > 0 && entries_[position - 1].index + 1 == entries_[position].index;
 }
 
 SequenceImpl::Entry SequenceImpl::TakeShared(const BlockRef& block) {
@@ -155,11 +170,9 @@ Status SequenceImpl::Reserve(uint32_t num_tokens) {
   const auto more = static_cast<uint32_t>(needed - entries_.size());
   const Tier pool = core_->tiers.pool_tier();
   core_->Drive(0);  // a save that has landed holds no slot any more
-  bool lose_unsaved = false;
-  if (!core_->CanMakeRoom(pool, more, &lose_unsaved)) {
+  if (!core_->MakeRoom(pool, more, tenant_)) {
     return Status(Code::kExhausted, "no room for " + std::to_string(more) + " more blocks now");
   }
-  core_->evictor.MakeRoom(pool, more, lose_unsaved, tenant_);
   for (uint32_t i = 0; i < more; ++i) {
     Entry entry;
     entry.slot = core_->tiers.pool().slots().Take(tenant_);
@@ -237,10 +250,12 @@ void SequenceImpl::Append(std::span<const TokenId> tokens) {
   for (uint32_t i = first; i < context_len_ / block_size_; ++i) PublishFull(i);
 }
 
-BlockRef SequenceImpl::InsertBlock(const BlockKey& key, uint32_t index, uint32_t num_tokens) {
+BlockRef SequenceImpl::InsertBlock(const BlockKey& key, uint32_t position, uint32_t num_tokens) {
   Directory& directory = core_->directory;
+  const uint32_t index = entries_[position].index;
   const BlockKey& parent = chain_->parent_key(index);
-  BlockRef block = directory.Insert(tenant_, key, parent, num_tokens, index);
+  BlockRef block =
+      directory.Insert(tenant_, key, parent, num_tokens, index, follows(position), conversation_);
   std::vector<BlockKey> replaced;
   for (const Block* partial : directory.partials(parent)) {
     const uint32_t shorter = partial->num_tokens;
@@ -249,7 +264,6 @@ BlockRef SequenceImpl::InsertBlock(const BlockKey& key, uint32_t index, uint32_t
     }
   }
   directory.SetReplaced(block.get(), std::move(replaced));
-  core_->policy.Inserted(block.get());
   return block;
 }
 
@@ -261,11 +275,12 @@ void SequenceImpl::PublishFull(uint32_t position) {
   BlockRef block = core_->directory.Find(key);
   if (block != nullptr && !block->absent(pool)) return;
   const bool known = block != nullptr;
-  if (!known) block = InsertBlock(key, entry.index, block_size_);
+  if (!known) block = InsertBlock(key, position, block_size_);
+  core_->directory.SetOwner(block.get(), conversation_);
   core_->directory.FinishFill(core_->directory.BeginFill(block, pool, std::move(entry.slot)));
   entry.pin = core_->directory.Pin(block, pool);
   if (pool == Tier::kDram) {
-    core_->writes.Queue(block.get());
+    core_->directory.DropReplaced(block.get(), core_->tiers.ssd == nullptr);
     return;
   }
   if (known && !(block->absent(Tier::kDram) && !core_->tiers.ssd_on)) return;  // saved elsewhere
@@ -282,16 +297,17 @@ void SequenceImpl::PublishTail(uint32_t position, uint32_t num_tokens) {
   const BlockKey key = chain_->PartialKey(entry.index, num_tokens);
   Tiers& tiers = core_->tiers;
   const BlockRef known = core_->directory.Find(key);
+  if (known != nullptr) core_->directory.SetOwner(known.get(), conversation_);
   if (!entry.slot || (known != nullptr && (tiers.ssd_on || !known->absent(Tier::kDram)))) return;
   const auto listed = [&] {
-    return known != nullptr ? known : InsertBlock(key, entry.index, num_tokens);
+    return known != nullptr ? known : InsertBlock(key, position, num_tokens);
   };
   if (tiers.pool_tier() == Tier::kDram) {
     ZeroUnusedTokens(tiers.layout, num_tokens, tiers.dram->payload(entry.slot.id()));
     const BlockRef block = listed();
     core_->directory.FinishFill(
         core_->directory.BeginFill(block, Tier::kDram, std::move(entry.slot)));
-    core_->writes.Queue(block.get());
+    core_->directory.DropReplaced(block.get(), tiers.ssd == nullptr);
     return;
   }
   entry.save = core_->saver.Begin(entry.slot.id(), id_, tenant_);
@@ -307,8 +323,20 @@ void SequenceImpl::Truncate() {
   const Cut* cut = chain_->CutBefore(static_cast<uint32_t>(entries_.size()) + num_dropped_);
   CA_CHECK(cut != nullptr);
   const auto first = entries_.begin() + cut->first_block;
-  for (auto it = first; it != first + cut->num_blocks; ++it) Release(std::move(*it));
+  // What is cut off is a conversation of its own, and over, unless somebody else uses it.
+  const Conversation over = core_->policy->Hold(0, tenant_);
+  core_->policy->SetOver(over);
+  for (auto it = first; it != first + cut->num_blocks; ++it) {
+    if (it->pin && it->pin.block()->owner == conversation_) {
+      core_->directory.SetOwner(it->pin.block().get(), over);
+    }
+    Release(std::move(*it));
+  }
+  core_->policy->Release(over);
   entries_.erase(first, first + cut->num_blocks);
+  if (cut->first_block < entries_.size() && entries_[cut->first_block].pin) {
+    core_->directory.Detach(entries_[cut->first_block].pin.block().get());
+  }
   const auto slots = block_table_.begin() + cut->first_block;
   block_table_.erase(slots, slots + cut->num_blocks);
   num_dropped_ += cut->num_blocks;
@@ -322,13 +350,16 @@ void SequenceImpl::Release(Entry entry) {
   if (entry.pin) entry.save->source = std::move(entry.pin);
 }
 
-void SequenceImpl::Commit(Finish /*finish*/) {
+void SequenceImpl::Commit(Finish finish) {
   const MemoryReserve::Use use(&core_->memory);
   if (!core_->usable()) return;
   if (!core_->sequences.contains(this)) return;
   Settle();
   const uint32_t tail = context_len_ % block_size_;
   if (tail != 0) PublishTail(context_len_ / block_size_, tail);
+  turn_ = TurnEnd{.finish = finish,
+                  .prompt_tokens = prompt_tokens_,
+                  .answer_tokens = chain_->num_tokens() - prompt_tokens_};
   ++core_->conversations_ended;
   core_->conversation_bytes += context_len_ * core_->options.layout.bytes_per_token();
   End();
@@ -340,10 +371,13 @@ void SequenceImpl::End() {
   for (const Entry& entry : entries_) {
     if (entry.pin) used.push_back(entry.pin.block());
   }
-  core_->policy.Touch(used);
   for (Entry& entry : entries_) Release(std::move(entry));
   entries_.clear();
   block_table_.clear();
+  if (conversation_ != kNoConversation) {
+    core_->policy->End(conversation_, turn_ ? &*turn_ : nullptr);
+    core_->policy->Release(conversation_);
+  }
   for (const BlockRef& block : used) core_->saver.Leave(block);
   if (core_->abandoned && core_->sequences.empty()) (void)core_->Close();
 }

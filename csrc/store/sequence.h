@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "csrc/store/store_core.h"
@@ -49,13 +50,15 @@ class SequenceImpl final : public Sequence {
   SequenceImpl(std::shared_ptr<StoreCore> core, std::shared_ptr<Chain> chain);
 
   Status TakeHistory(const History& history);
+  void Join(const History& history);
   Entry TakeShared(const BlockRef& block);
   Entry TakeTail(const BlockRef& block);
   void AddEntry(uint32_t index, Entry entry, SlotId slot);
   void Settle();
   void PublishFull(uint32_t position);
   void PublishTail(uint32_t position, uint32_t num_tokens);
-  BlockRef InsertBlock(const BlockKey& key, uint32_t index, uint32_t num_tokens);
+  BlockRef InsertBlock(const BlockKey& key, uint32_t position, uint32_t num_tokens);
+  bool follows(uint32_t position) const;
   void Release(Entry entry);
   void End();
 
@@ -63,8 +66,11 @@ class SequenceImpl final : public Sequence {
   const std::shared_ptr<Chain> chain_;
   const uint64_t id_;
   const uint32_t block_size_;
-  const uint32_t window_;  // tokens, whole blocks; UINT32_MAX: none
-  const uint32_t tenant_;  // Directory::TenantIndex
+  const uint32_t window_;                        // tokens, whole blocks; UINT32_MAX: none
+  const uint32_t tenant_;                        // Directory::TenantIndex
+  Conversation conversation_ = kNoConversation;  // held
+  uint32_t prompt_tokens_ = 0;
+  std::optional<TurnEnd> turn_;  // once it is committed
   CachedTokens cached_;
   uint32_t num_computed_ = 0;
   uint32_t context_len_ = 0;

@@ -22,6 +22,12 @@ size_t ReserveBytes(const Tiers& tiers) {
   return (size_t{1} << 20) + (size_t{1} << 10) * num_slots;
 }
 
+PolicyOptions PolicyOf(const StoreOptions& options) {
+  PolicyOptions policy = options.policy;
+  policy.by_tenant = options.tenant_quota_bytes != 0;
+  return policy;
+}
+
 struct Parked {
   std::mutex mutex;
   std::vector<std::shared_ptr<StoreCore>> cores;
@@ -39,18 +45,18 @@ StoreCore::StoreCore(const StoreOptions& store_options, Tiers&& opened)
       tiers(std::move(opened)),
       memory(ReserveBytes(tiers)),
       trace(options.clock),
-      directory(options.layout.block_size, options.tenant_quota_bytes != 0),
-      policy(options.policy, &directory),
-      writes(&tiers, &directory, &trace, options.clock),
-      evictor(&tiers, &directory, &writes, &trace, ReserveSlots(options, tiers)),
+      policy(Policy::Make(PolicyOf(options), options.clock)),
+      directory(options.layout.block_size, policy.get()),
+      writes(&tiers, &directory, policy.get(), &trace, options.clock),
+      evictor(&tiers, &directory, policy.get(), &writes, &trace, ReserveSlots(options, tiers)),
       preloader(&tiers, &directory, &trace),
-      saver(&tiers, &directory, &evictor, &writes, &trace, options.keep_on_device),
-      prefetcher(&tiers, &directory, &evictor, &preloader),
+      saver(&tiers, &directory, &evictor, &trace, options.keep_on_device),
+      prefetcher(&tiers, &directory, policy.get(), &evictor, &preloader),
       health(options.clock) {
   for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
     SlotPool* slots = tiers.slots(tier);
     if (slots == nullptr) continue;
-    directory.Reserve(tier, slots->capacity());
+    directory.Reserve(slots->capacity());
     if (options.tenant_quota_bytes == 0 || tier == Tier::kDevice) continue;
     slots->SetQuota(static_cast<uint32_t>(std::min<uint64_t>(
         options.tenant_quota_bytes / options.layout.host_slot_bytes(), UINT32_MAX)));
@@ -71,10 +77,11 @@ Status StoreCore::Restore(const std::function<void(uint64_t, uint64_t)>& progres
   });
   for (const auto& [slot, header] : scanned.value()) {
     blocks.push_back(directory.Insert(directory.TenantIndex(header.tenant), header.key,
-                                      header.parent, header.num_tokens, header.depth));
+                                      header.parent, header.num_tokens, header.depth,
+                                      header.depth > 0, kNoConversation));
     blocks.back()->generation = header.generation;
   }
-  policy.Restore(blocks);
+  RestoreConversations(policy.get(), &directory, blocks);
   for (size_t i = 0; i < blocks.size(); ++i) {
     Slot slot = tiers.ssd_slots->TakeAt(scanned.value()[i].slot, blocks[i]->tenant);
     directory.FinishFill(directory.BeginFill(blocks[i], Tier::kSsd, std::move(slot)));
@@ -232,31 +239,37 @@ void StoreCore::SwitchSsd(bool on) {
     prefetcher.Clear();
     return;
   }
-  directory.ForEach([this](Block& block) {
-    block.write_failed = false;
-    if (block.ready(Tier::kDram)) writes.Queue(&block);
-  });
+  directory.ForEach([](Block& block) { block.write_failed = false; });
+}
+
+bool StoreCore::Drain() {
+  const auto busy = [this] { return !writes.idle() || saver.num_in_flight() > 0; };
+  if (!busy()) return false;
+  while (busy()) Drive(kWaitUs);
+  return true;
 }
 
 void StoreCore::Flush() {
-  while (!writes.idle() || saver.num_in_flight() > 0) Drive(kWaitUs);
+  Drain();
+  writes.DemoteAll();
+  Drain();
 }
 
 void StoreCore::FinishLoads() {
   while (!preloader.idle()) Drive(kWaitUs);
 }
 
-bool StoreCore::CanMakeRoom(Tier tier, uint32_t n, bool* lose_unsaved) {
-  *lose_unsaved = false;
-  if (evictor.CanMakeRoom(tier, n, false)) return true;
+bool StoreCore::MakeRoom(Tier tier, uint32_t n, uint32_t tenant) {
+  if (evictor.MakeRoom(tier, n, false, tenant)) return true;
   if (!writes.idle() || saver.num_in_flight() > 0) return false;
-  *lose_unsaved = true;
-  return evictor.CanMakeRoom(tier, n, true);
+  return evictor.MakeRoom(tier, n, true, tenant);
 }
 
 void StoreCore::SetQueue(std::span<const Chain* const> waiting) {
   prefetcher.Clear();
-  if (policy.kind() != PolicyKind::kLookahead || !memory.full()) return;
+  const PolicyKind kind = policy->options().kind;
+  const bool looks_ahead = kind == PolicyKind::kLookahead || kind == PolicyKind::kHazard;
+  if (!looks_ahead || !memory.full()) return;
 
   uint64_t mean = conversations_ended ? conversation_bytes / conversations_ended : 0;
   if (mean == 0) {
@@ -267,14 +280,20 @@ void StoreCore::SetQueue(std::span<const Chain* const> waiting) {
   const uint64_t ssd_bytes =
       tiers.ssd ? tiers.ssd_slots->capacity() * options.layout.host_slot_bytes() : 0;
   const Windows windows = ComputeWindows(tiers.dram->capacity_bytes(), ssd_bytes, mean);
-  policy.StartQueue();
-  for (uint32_t i = 0; i < std::min<size_t>(waiting.size(), windows.eviction); ++i) {
-    const History history =
-        FindHistory(directory, *waiting[i], waiting[i]->num_tokens() - 1, tiers.ssd_on);
-    policy.Protect(history.blocks);
-    if (tiers.ssd != nullptr && i < windows.prefetch) prefetcher.Want(history.blocks);
+  const size_t num_seen = std::min<size_t>(waiting.size(), windows.eviction);
+  std::vector<Conversation> conversations;
+  for (size_t i = 0; i < num_seen; ++i) {
+    const Chain& chain = *waiting[i];
+    const History history = FindHistory(directory, chain, chain.num_tokens() - 1, tiers.ssd_on);
+    const Conversation conversation = HoldConversation(
+        policy.get(), directory, chain, directory.TenantIndex(chain.tenant()), history);
+    if (conversation != kNoConversation) conversations.push_back(conversation);
+    if (tiers.ssd != nullptr && i < windows.prefetch) {
+      prefetcher.Want(history.blocks, conversation);
+    }
   }
-  policy.EndQueue();
+  policy->SetQueue(conversations);
+  for (const Conversation conversation : conversations) policy->Release(conversation);
 }
 
 CachedTokens StoreCore::Count(const Chain& chain, const History& history) const {
@@ -349,6 +368,7 @@ StoreCounters StoreCore::TotalCounters() const {
 
 void StoreCore::CheckInvariants() const {
   std::vector<SlotId> places[kNumTiers];
+  policy->CheckInvariants();
   directory.CheckInvariants(&places);
   preloader.AddPlaces(&places);
   saver.AddPlaces(&places);

@@ -7,7 +7,7 @@
 
 #include "csrc/base/fork.h"
 #include "csrc/base/memory_reserve.h"
-#include "csrc/store/lookup.h"
+#include "csrc/store/conversations.h"
 #include "csrc/store/prefetch.h"
 #include "csrc/store/save.h"
 #include "csrc/store/ssd_health.h"
@@ -37,14 +37,15 @@ struct StoreCore : std::enable_shared_from_this<StoreCore> {
   void Drive(int64_t timeout_us);
   static constexpr int64_t kWaitUs = 10'000;  // of one wait; who waits looks again after it
 
-  // Until no save and no write is left.
-  void Flush();
+  // Until no save and no write is left. False: there was none.
+  bool Drain();
+  void Flush();  // as AttentionStore::Flush
   // Until no load is left.
   void FinishLoads();
 
-  // As Evictor::CanMakeRoom. Unsaved copies may be lost only when no save is under way that would
-  // make room by itself.
-  bool CanMakeRoom(Tier tier, uint32_t n, bool* lose_unsaved);
+  // As Evictor::MakeRoom. Copies that are worth a write are lost only when no save is under way
+  // that would make room by itself.
+  bool MakeRoom(Tier tier, uint32_t n, uint32_t tenant);
 
   Result<bool> EraseTenant(std::string_view tenant);
 
@@ -60,8 +61,8 @@ struct StoreCore : std::enable_shared_from_this<StoreCore> {
   Tiers tiers;
   MemoryReserve memory;  // of every call that moves blocks
   Trace trace;
+  const std::unique_ptr<Policy> policy;
   Directory directory;
-  BlockPolicy policy;
   WriteBehind writes;
   Evictor evictor;
   Preloader preloader;

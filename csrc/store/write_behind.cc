@@ -17,9 +17,11 @@ constexpr int64_t kRestNs = 30'000'000'000;
 
 }  // namespace
 
-WriteBehind::WriteBehind(Tiers* tiers, Directory* directory, Trace* trace, const Clock* clock)
+WriteBehind::WriteBehind(Tiers* tiers, Directory* directory, Policy* policy, Trace* trace,
+                         const Clock* clock)
     : tiers_(tiers),
       directory_(directory),
+      policy_(policy),
       trace_(trace),
       clock_(clock),
       max_in_flight_(static_cast<uint32_t>(std::max<uint64_t>(
@@ -33,39 +35,53 @@ bool WriteBehind::NeverWritten(const Block& block) const {
 }
 
 void WriteBehind::Queue(Block* block) {
-  if (tiers_->ssd == nullptr) {
-    directory_->DropReplaced(block);  // what would follow the write
-    return;
-  }
-  if (!tiers_->ssd_on || !block->absent(Tier::kSsd)) return;
-  if (block->copy(Tier::kDram).unsaved || NeverWritten(*block)) return;
-  directory_->SetUnsaved(block, Tier::kDram, true);
+  directory_->SetLeaving(block, Tier::kDram, true);
   queue_.push_back(block->key);
 }
 
 bool WriteBehind::MustDemote(Block* block) {
   if (tiers_->ssd == nullptr || !tiers_->ssd_on) return false;
   if (NeverWritten(*block) || !block->absent(Tier::kSsd)) return false;
-  if (block->copy(Tier::kDram).unsaved) return true;
+  if (policy_->over(block->owner)) return false;
+  // The turn under way will save it again.
+  if (policy_->options().drop_in_service && block->copy(Tier::kDevice).pins > 0) return false;
   Block* victim = nullptr;
   const bool worth = HasSsdRoom(*block, &victim);
   if (worth) Queue(block);
   return worth;
 }
 
-// True when `incoming` finds a place, if need be that of `victim`: the SSD copy that ranks lowest,
-// of its own tenant where that holds its quota, if lower than the incoming block.
+void WriteBehind::DemoteAll() {
+  if (tiers_->ssd == nullptr || !tiers_->ssd_on) return;
+  std::vector<Block*> blocks;
+  directory_->ForEach([&](Block& block) {
+    if (block.ready(Tier::kDram) && !block.copy(Tier::kDram).leaving) blocks.push_back(&block);
+  });
+  // In the order of use, which is what the next process goes by; and a block is of no use without
+  // those before it.
+  std::ranges::sort(blocks, {}, [this](const Block* block) {
+    return std::pair(policy_->last_use(block->owner), block->depth);
+  });
+  for (Block* block : blocks) (void)MustDemote(block);
+}
+
+// True when `incoming` finds a place, if need be that of `victim`: the SSD copy that goes next, of
+// its own tenant where that holds its quota, if it goes before the incoming block would.
 bool WriteBehind::HasSsdRoom(const Block& incoming, Block** victim) const {
   const SlotPool& slots = *tiers_->ssd_slots;
   *victim = nullptr;
+  Conversation first = kNoConversation;
   if (!slots.WithinQuota(incoming.tenant, 1)) {
-    *victim = directory_->saved(Tier::kSsd, incoming.tenant).top();
+    first = policy_->Victim(Tier::kSsd, incoming.tenant);
   } else if (slots.num_free() > 0) {
     return true;
   } else {
-    *victim = directory_->saved(Tier::kSsd).top();
+    first = policy_->Victim(Tier::kSsd);
   }
-  return *victim != nullptr && (*victim)->rank() < incoming.rank();
+  if (first == kNoConversation) return false;
+  *victim = directory_->Last(first, Tier::kSsd);
+  if (first == incoming.owner) return (*victim)->depth > incoming.depth;
+  return policy_->GoesBefore(Tier::kSsd, first, incoming.owner);
 }
 
 Slot WriteBehind::TakeSsdSlot(const Block& incoming) {
@@ -85,10 +101,13 @@ void WriteBehind::Pump() {
          tiers_->ssd->can_submit()) {
     const BlockRef block = directory_->Find(queue_.front());
     queue_.pop_front();
-    if (block == nullptr || !block->copy(Tier::kDram).unsaved) continue;
-    directory_->SetUnsaved(block.get(), Tier::kDram, false);
-    if (!block->ready(Tier::kDram) || !block->absent(Tier::kSsd)) continue;
-    if (Slot slot = TakeSsdSlot(*block)) Start(block, std::move(slot));
+    if (block == nullptr || !block->copy(Tier::kDram).leaving) continue;
+    Slot slot = block->absent(Tier::kSsd) ? TakeSsdSlot(*block) : Slot();
+    if (slot) {
+      Start(block, std::move(slot));
+    } else {
+      directory_->SetLeaving(block.get(), Tier::kDram, false);
+    }
   }
 }
 
@@ -111,16 +130,18 @@ void WriteBehind::OnDone(const SsdCompletion& done) {
   if (done.late) {
     it->second.late = true;
     ++num_late_;
+    directory_->SetLeaving(it->second.source.block().get(), Tier::kDram, false);
     return;
   }
   Write write = std::move(it->second);
   in_flight_.erase(it);
   num_late_ -= write.late;
   const BlockRef block = write.source.block();
+  directory_->SetLeaving(block.get(), Tier::kDram, false);
   trace_->Add(TraceKind::kWriteEnd, 0, 0, tiers_->layout.num_layers, write.source.slot());
   if (done.status.ok()) {
     directory_->FinishFill(std::move(write.transfer));
-    directory_->DropReplaced(block.get());
+    directory_->DropReplaced(block.get(), /*on_ssd=*/true);
     return;
   }
   // The DRAM copy stays. The place rests, the block is not tried again while the tier is on.
@@ -132,7 +153,7 @@ void WriteBehind::OnDone(const SsdCompletion& done) {
 void WriteBehind::SwitchOff() {
   for (const BlockKey& key : queue_) {
     const BlockRef block = directory_->Find(key);
-    if (block != nullptr) directory_->SetUnsaved(block.get(), Tier::kDram, false);
+    if (block != nullptr) directory_->SetLeaving(block.get(), Tier::kDram, false);
   }
   queue_.clear();
 }

@@ -1,5 +1,5 @@
-// WriteBehind: DRAM -> SSD, the demote mover. Each block is written once, straight from its DRAM
-// slot, some time after it became kReady there; reads go first.
+// WriteBehind: DRAM -> SSD, the demote mover. A block is written when it is about to leave DRAM, or
+// at a Flush, straight from its DRAM slot; reads go first.
 #pragma once
 
 #include <deque>
@@ -13,13 +13,12 @@ namespace cachedattn {
 
 class WriteBehind {
  public:
-  WriteBehind(Tiers* tiers, Directory* directory, Trace* trace, const Clock* clock);
-
-  // `block` is kReady in DRAM: write it unless SSD has it or refused it, or is off.
-  void Queue(Block* block);
+  WriteBehind(Tiers* tiers, Directory* directory, Policy* policy, Trace* trace, const Clock* clock);
 
   // True when the DRAM copy is the only one and worth a place on SSD: queues the write.
   bool MustDemote(Block* block);
+  // Queues the writes of all that DRAM alone has and is worth a place.
+  void DemoteAll();
 
   // Starts queued writes, few at a time so that a read never waits long behind them.
   void Pump();
@@ -34,6 +33,8 @@ class WriteBehind {
   bool idle() const { return queue_.empty() && in_flight_.size() == num_late_; }
   uint32_t num_waiting() const { return static_cast<uint32_t>(queue_.size()); }
   uint32_t num_in_flight() const { return static_cast<uint32_t>(in_flight_.size()); }
+  // DRAM copies that may go when their writes have ended.
+  uint32_t num_on_the_way() const { return num_waiting() + num_in_flight() - num_late_; }
   uint32_t num_quarantined() const { return num_late_; }  // DRAM slots held by late writes
   uint32_t num_resting() const { return static_cast<uint32_t>(resting_.size()); }
   uint64_t num_failed() const { return num_failed_; }
@@ -57,6 +58,7 @@ class WriteBehind {
     Slot slot;
   };
 
+  void Queue(Block* block);
   bool HasSsdRoom(const Block& incoming, Block** victim) const;
   // The disk refused it, or its tenant has no key (any more) to write under.
   bool NeverWritten(const Block& block) const;
@@ -65,10 +67,11 @@ class WriteBehind {
 
   Tiers* const tiers_;
   Directory* const directory_;
+  Policy* const policy_;
   Trace* const trace_;
   const Clock* const clock_;
   const uint32_t max_in_flight_;
-  std::deque<BlockKey> queue_;  // a block is in it at most once (Copy::unsaved)
+  std::deque<BlockKey> queue_;  // a block is in it at most once (Copy::leaving)
   std::unordered_map<uint64_t, Write> in_flight_;
   uint32_t num_late_ = 0;        // of in_flight_
   std::deque<Resting> resting_;  // in the order of their ends

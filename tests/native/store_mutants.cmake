@@ -126,11 +126,13 @@ sim_mutant(released_before_use store/preload.cc honest
   [=[  fill->status = status;
   (fill->private_slot ? fill->private_slot : fill->block->copy(fill->tier).slot).Release();]=])
 sim_mutant(published_before_write store/directory.cc honest
-  [=[  CA_CHECK(copy.state == from);
-  copy.state = to;]=]
+  [=[  CA_CHECK(block->copy(tier).state == from);
+  Change(block, tier, [to](Copy* copy) {
+    copy->state = to;]=]
   [=[  const bool early = tier == Tier::kSsd && from == CopyState::kFilling;
-  CA_CHECK(copy.state == (early ? CopyState::kReady : from));
-  copy.state = tier == Tier::kSsd && to == CopyState::kFilling ? CopyState::kReady : to;]=])
+  CA_CHECK(block->copy(tier).state == (early ? CopyState::kReady : from));
+  Change(block, tier, [to, tier](Copy* copy) {
+    copy->state = tier == Tier::kSsd && to == CopyState::kFilling ? CopyState::kReady : to;]=])
 sim_mutant(failed_write_published store/write_behind.cc honest
   [=[if (done.status.ok()) {]=]
   [=[if (done.status.ok() || done.status.code() == Code::kIo) {]=])
@@ -146,11 +148,8 @@ sim_mutant(late_buffer_reused store/preload.cc honest
     (fill->private_slot ? fill->private_slot : fill->block->copy(fill->tier).slot).Release();
     return;]=])
 sim_mutant(not_pinned store/directory.cc honest
-  [=[  if (copy.pins++ == 0) {
-    ++num_pinned_[static_cast<int>(tier)];
-    UpdateEvictable(block.get(), tier);]=]
-  [=[  if (copy.pins++ == 0) {
-    ++num_pinned_[static_cast<int>(tier)];]=])
+  [=[    Change(block.get(), tier, [](Copy* c) { c->pins = 1; });]=]
+  [=[    copy.pins = 1;]=])
 sim_mutant(no_payload_sum_sim tier/ssd_format.cc hostile
   [=[ != page.seals[layer]) {]=]
   [=[ != page.seals[layer] && page.version == 0) {]=])

@@ -1,7 +1,7 @@
 // Who goes first when a tier is full, what the waiting queue protects, and what it brings.
 #include <unistd.h>
 
-#include "csrc/store/policy.h"
+#include "csrc/store/conversations.h"
 #include "tests/native/testing/store_fixture.h"
 #include "tests/native/testing/temp_dir.h"
 
@@ -12,7 +12,7 @@ class StorePolicyTest : public ::testing::Test {
  protected:
   std::unique_ptr<AttentionStore> Open(PolicyKind policy, const Sizes& sizes, double reserve = 0) {
     StoreOptions options = TinyOptions(sizes, dir_ / "kv");
-    options.policy = policy;
+    options.policy.kind = policy;
     options.dram_reserve = reserve;
     return MustOpenStore(options);
   }

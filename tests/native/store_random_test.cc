@@ -27,7 +27,7 @@ class StoreRandomTest : public ::testing::TestWithParam<World> {
 
   void Open() {
     StoreOptions options = TinyOptions(GetParam().sizes, dir_ / "kv");
-    options.policy = GetParam().policy;
+    options.policy.kind = GetParam().policy;
     options.dram_reserve = 0.1;
     options.keep_on_device = GetParam().keep_on_device;
     if (GetParam().faults) options.clock = &clock_;

@@ -87,11 +87,11 @@ void ForToken(AttentionStore* store, std::span<const int32_t> table, uint32_t pl
 class Player {
  public:
   Player(AttentionStore* store, Tokens tokens, const Truncation& truncation,
-         const std::string& tenant)
+         const std::string& tenant, uint64_t conversation = 0)
       : store_(store),
         tokens_(std::move(tokens)),
         reference_(truncation, store->layout().block_size, tenant) {
-    chain_ = store->NewChain(tenant, truncation);
+    chain_ = store->NewChain(tenant, truncation, conversation);
     chain_->Append(tokens_);
   }
 
@@ -131,8 +131,8 @@ class Player {
   }
 
   bool finished() const { return sequence_->num_computed_tokens() >= tokens_.size(); }
-  void Commit() {
-    sequence_->Commit();
+  void Commit(Finish finish = Finish::kOther) {
+    sequence_->Commit(finish);
     sequence_.reset();
   }
   void Drop() { sequence_.reset(); }

@@ -12,71 +12,7 @@ namespace {
 constexpr int64_t kQuickUs = 50'000;  // a call that does not wait
 constexpr int64_t kSecondNs = 1'000'000'000;
 
-KvLayout RandomLayout(SimRandom* random) {
-  switch (random->Below(8)) {
-    case 0:
-      return {1, 1, 16, 8, DType::kFloat16};
-    case 1:
-      return {3, 2, 4, 4, DType::kBFloat16};
-    case 2:
-      return {2, 4, 64, 4, DType::kBFloat16};  // slices of a page, without padding
-    case 3:
-      return {4, 1, 8, 2, DType::kBFloat16};
-    default:
-      return {2, 1, 8, 4, DType::kBFloat16};
-  }
-}
-
-Truncation RandomTruncation(SimRandom* random, uint32_t block, uint32_t max_blocks) {
-  Truncation truncation;
-  if (max_blocks < 3 || random->Below(10) < 6) return truncation;
-  truncation.window = (3 + random->Below(max_blocks - 2)) * block + random->Below(block);
-  const double ratios[] = {0.3, 0.5, 1.0};
-  truncation.ratio = ratios[random->Below(3)];
-  const uint32_t keep[] = {0, 1, block, 2 * block};
-  truncation.keep_first = keep[random->Below(4)];
-  return truncation;
-}
-
-void RandomFaults(SimRandom* random, bool hostile, DiskFaults* faults) {
-  if (random->OneIn(5)) return;
-  const auto first = static_cast<uint32_t>(DiskFault::kEio);
-  for (uint32_t i = first; i < kNumDiskFaults; ++i) {
-    if (Silent(static_cast<DiskFault>(i)) && !hostile) break;
-    if (random->OneIn(3)) faults->rate[i] = static_cast<uint16_t>(random->Scale(6));
-  }
-}
-
 }  // namespace
-
-WorldOptions RandomWorld(uint64_t seed, bool hostile) {
-  SimRandom random(seed ^ 0x5EED);
-  WorldOptions options;
-  options.seed = seed;
-  options.hostile = hostile;
-  options.layout = RandomLayout(&random);
-  options.dram = 6 + random.Below(16);
-  options.ssd = random.OneIn(16) ? 0 : 4 + random.Below(24);
-  options.device = random.OneIn(3) ? 5 + random.Below(12) : 0;
-  options.policy =
-      random.OneIn(2) ? PolicyKind::kLookahead : static_cast<PolicyKind>(random.Below(3));
-  options.dram_reserve = random.Below(3) * 0.1;
-  const uint32_t pool = options.device ? std::min(options.device, options.dram) : options.dram;
-  options.max_blocks = 2 + random.Below(std::min(pool - 3, 9u));
-  options.truncation = RandomTruncation(&random, options.layout.block_size, options.max_blocks);
-  options.io_depth = 8 + random.Below(24);
-  options.tenants = 1 + random.Below(3);
-  options.conversations = 2 + random.Below(4);
-  options.steps = 100 + random.Below(50);
-  options.crash_chance = random.OneIn(2) ? 10 + random.Below(20) : 0;
-  options.reopen_chance = random.Below(20);
-  options.deadline_us = 5000 + random.Below(40'000);
-  options.poison = random.OneIn(2);
-  RandomFaults(&random, hostile, &options.faults);
-  options.quota = random.OneIn(3) ? 2 + random.Below(10) : 0;
-  options.encrypt = random.OneIn(4);
-  return options;
-}
 
 SimWorld::SimWorld(const WorldOptions& options, SimClock* clock, SimDisk* disk, SimKeys* keys)
     : options_(options), clock_(clock), disk_(disk), keys_(keys), random_(options.seed) {
@@ -93,6 +29,7 @@ SimWorld::SimWorld(const WorldOptions& options, SimClock* clock, SimDisk* disk, 
   }
   store_options_.tenant_quota_bytes = options.quota * options.layout.host_slot_bytes();
   store_options_.policy = options.policy;
+  store_options_.keep_on_device = options.keep_on_device;
   store_options_.dram_reserve = options.dram_reserve;
   store_options_.io_depth = options.io_depth;
   store_options_.poison = options.poison;
@@ -100,7 +37,8 @@ SimWorld::SimWorld(const WorldOptions& options, SimClock* clock, SimDisk* disk, 
   store_options_.clock = clock;
   for (uint32_t i = 1; i <= options.tenants; ++i) tenants_.emplace_back(i, 't');
   for (uint32_t i = 0; i < options.conversations; ++i) {
-    conversations_.push_back({tenants_[i % options.tenants], {}, nullptr});
+    conversations_.push_back(
+        {tenants_[i % options.tenants], options.named ? i + 1 : 0, {}, nullptr});
   }
 }
 
@@ -228,7 +166,7 @@ void SimWorld::Start(Conversation* conversation) {
   const Tokens more = NewTokens(1 + random_.Below(std::min(room - 1, 3 * block)), 0);
   tokens.insert(tokens.end(), more.begin(), more.end());
   auto turn = std::make_unique<Player>(store_.get(), std::move(tokens), options_.truncation,
-                                       conversation->tenant);
+                                       conversation->tenant, conversation->name);
   Allow(kQuickUs);
   const CachedTokens seen = store_->Lookup(*turn->chain());
   const Status status = turn->Begin(UINT32_MAX);
@@ -246,7 +184,7 @@ void SimWorld::EndTurn(Conversation* conversation, bool commit) {
   if (!turn->wrong().empty()) Wrong(turn->wrong());
   if (commit) {
     conversation->history = turn->tokens();
-    turn->Commit();
+    turn->Commit(static_cast<Finish>(random_.Below(3)));
   }
   conversation->turn.reset();
 }
@@ -282,11 +220,18 @@ void SimWorld::Queue() {
   std::vector<const Chain*> waiting;
   for (const Conversation& conversation : conversations_) {
     if (conversation.turn != nullptr || conversation.history.empty()) continue;
-    chains.push_back(store_->NewChain(conversation.tenant, options_.truncation));
+    chains.push_back(store_->NewChain(conversation.tenant, options_.truncation, conversation.name));
     chains.back()->Append(conversation.history);
     waiting.push_back(chains.back().get());
   }
   store_->SetQueue(waiting);
+}
+
+// A hint changes what is kept, never what is right.
+void SimWorld::Advise() {
+  const Conversation& conversation = conversations_[random_.Below(options_.conversations)];
+  store_->Advise(conversation.tenant, conversation.name, static_cast<Advice>(random_.Below(4)),
+                 static_cast<int64_t>(random_.Scale(34)));  // up to 17 s
 }
 
 void SimWorld::Check() {
@@ -312,7 +257,8 @@ void SimWorld::StepOnce() {
     Conversation& conversation = conversations_[random_.Below(options_.conversations)];
     return conversation.turn == nullptr ? Start(&conversation) : Advance(&conversation);
   }
-  if (draw < 80) return Queue();
+  if (draw < 78) return Queue();
+  if (draw < 80) return Advise();
   if (draw < 90) return store_->Poll();
   if (draw < 93) {
     clock_->set_limit(INT64_MAX);
@@ -341,8 +287,9 @@ void SimWorld::ReadAll() {
   for (Conversation& conversation : conversations_) {
     if (conversation.history.empty()) continue;
     for (int tries = 0; right(); ++tries) {
-      conversation.turn = std::make_unique<Player>(store_.get(), conversation.history,
-                                                   options_.truncation, conversation.tenant);
+      conversation.turn =
+          std::make_unique<Player>(store_.get(), conversation.history, options_.truncation,
+                                   conversation.tenant, conversation.name);
       Allow(kQuickUs + 100 * options_.deadline_us);
       store_->Flush();
       Status status = conversation.turn->Begin(UINT32_MAX);

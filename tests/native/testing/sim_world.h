@@ -19,7 +19,9 @@ struct WorldOptions {
   bool hostile = false;
   KvLayout layout = {2, 1, 8, 4, DType::kBFloat16};
   uint32_t dram = 12, ssd = 12, device = 0;  // slots; 0: no such tier
-  PolicyKind policy = PolicyKind::kLookahead;
+  PolicyOptions policy;
+  bool keep_on_device = true;
+  bool named = false;  // conversations have names
   double dram_reserve = 0;
   Truncation truncation;
   uint32_t io_depth = 8;
@@ -56,6 +58,7 @@ class SimWorld {
  private:
   struct Conversation {
     std::string tenant;
+    uint64_t name = 0;
     Tokens history;
     std::unique_ptr<Player> turn;
   };
@@ -75,6 +78,7 @@ class SimWorld {
   void Advance(Conversation* conversation);
   void EndTurn(Conversation* conversation, bool commit);
   void Queue();
+  void Advise();
   void Check();
   void Recover();
   Status StepWithPatience(Player* turn);

@@ -27,10 +27,11 @@ inline std::vector<Workload> Workloads() {
   using World = WorldOptions*;
   std::vector<Workload> workloads = {
       {"dram_and_ssd", base},
-      change("lru", [](World w) { w->policy = PolicyKind::kLru; }),
-      change("fifo", [](World w) { w->policy = PolicyKind::kFifo; }),
+      change("lru", [](World w) { w->policy.kind = PolicyKind::kLru; }),
+      change("fifo", [](World w) { w->policy.kind = PolicyKind::kFifo; }),
+      change("hazard", [](World w) { w->policy.kind = PolicyKind::kHazard, w->named = true; }),
       change("device", [](World w) { w->device = 10; }),
-      change("device_lru", [](World w) { w->device = 8, w->policy = PolicyKind::kLru; }),
+      change("device_lru", [](World w) { w->device = 8, w->policy.kind = PolicyKind::kLru; }),
       change("small_dram", [](World w) { w->dram = 7, w->max_blocks = 4, w->ssd = 20; }),
       change("small_ssd", [](World w) { w->ssd = 4; }),
       change("window", [](World w) { w->truncation = {20, 0.5, 4}; }),

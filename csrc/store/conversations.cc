@@ -1,0 +1,52 @@
+#include "csrc/store/conversations.h"
+
+#include <algorithm>
+#include <ranges>
+#include <unordered_set>
+
+namespace cachedattn {
+
+Conversation HoldConversation(Policy* policy, const Directory& directory, const Chain& chain,
+                              uint32_t tenant, const History& history) {
+  if (chain.conversation() != 0) return policy->Hold(chain.conversation(), tenant);
+  if (history.blocks.empty() || !directory.ends_chain(*history.blocks.back())) {
+    return kNoConversation;
+  }
+  const Conversation owner = history.blocks.back()->owner;
+  policy->Hold(owner);
+  return owner;
+}
+
+void RestoreConversations(Policy* policy, Directory* directory, std::span<const BlockRef> blocks) {
+  std::unordered_set<BlockKey, DigestHash> parents;
+  parents.reserve(blocks.size());
+  for (const BlockRef& block : blocks) parents.insert(block->parent);
+  std::vector<Block*> ends;
+  for (const BlockRef& block : blocks) {
+    if (!parents.contains(block->key)) ends.push_back(block.get());
+  }
+  std::ranges::sort(ends, std::ranges::greater(), &Block::generation);
+  std::vector<Conversation> conversations;
+  for (Block* end : ends) {
+    const Conversation conversation = policy->Hold(0, end->tenant);
+    conversations.push_back(conversation);
+    for (BlockRef block = directory->Find(end->key); block && block->owner == kNoConversation;) {
+      directory->SetOwner(block.get(), conversation);
+      block = block->depth > 0 ? directory->Find(block->parent) : nullptr;
+    }
+  }
+  for (const Conversation conversation : std::views::reverse(conversations)) {
+    policy->Restored(conversation);
+    policy->Release(conversation);
+  }
+}
+
+Windows ComputeWindows(uint64_t dram_bytes, uint64_t ssd_bytes, uint64_t conversation_bytes) {
+  const auto requests = [&](uint64_t bytes) {
+    return static_cast<uint32_t>(
+        std::clamp<uint64_t>(bytes / std::max<uint64_t>(conversation_bytes, 1), 1, UINT32_MAX - 1));
+  };
+  return {requests(dram_bytes), requests(dram_bytes + ssd_bytes)};
+}
+
+}  // namespace cachedattn

@@ -1,0 +1,28 @@
+// Which conversation a turn and a block belong to, and how far into the queue the store plans.
+#pragma once
+
+#include <span>
+
+#include "csrc/store/directory.h"
+#include "csrc/store/lookup.h"
+
+namespace cachedattn {
+
+// The conversation of a turn over `chain`, held: by its name, else the one whose end the turn goes
+// on from. kNoConversation when there is neither.
+Conversation HoldConversation(Policy* policy, const Directory& directory, const Chain& chain,
+                              uint32_t tenant, const History& history);
+
+// Gives blocks that were found on disk at open to conversations, one for each end of a chain, in
+// the order in which these were written. A block that several share belongs to the latest.
+void RestoreConversations(Policy* policy, Directory* directory, std::span<const BlockRef> blocks);
+
+// How far into the waiting queue the store plans, in requests: what fits into DRAM is worth
+// prefetching, what fits into DRAM and SSD is worth keeping.
+struct Windows {
+  uint32_t prefetch = 0;
+  uint32_t eviction = 0;
+};
+Windows ComputeWindows(uint64_t dram_bytes, uint64_t ssd_bytes, uint64_t conversation_bytes);
+
+}  // namespace cachedattn
