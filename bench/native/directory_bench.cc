@@ -167,8 +167,8 @@ Row Measure(uint32_t num_conversations) {
     CA_CHECK(store->Lookup(*chain(i)).total == kConversation * kLayout.block_size);
   });
   const auto set_queue = [&](size_t first) {
-    std::vector<const Chain*> waiting;
-    for (uint32_t i = 0; i < kWaiting; ++i) waiting.push_back(chain(first + i).get());
+    std::vector<std::shared_ptr<Chain>> waiting;
+    for (uint32_t i = 0; i < kWaiting; ++i) waiting.push_back(chain(first + i));
     store->SetQueue(waiting);
   };
   row.queue_us = Median(101, set_queue);

@@ -206,7 +206,7 @@ class Bench {
     const auto chain = HistoryAndOneToken();
     const uint64_t until = store_->stats().ssd_bytes_read + bytes();
     const auto prefetch = [&] {
-      const Chain* waiting[] = {chain.get()};
+      const std::shared_ptr<Chain> waiting[] = {chain};
       store_->SetQueue(waiting);
       for (store_->Poll(); store_->stats().ssd_bytes_read < until; store_->Poll()) {
         std::this_thread::sleep_for(std::chrono::milliseconds(1));  // an engine would compute

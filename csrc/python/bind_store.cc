@@ -325,9 +325,7 @@ void BindStore(py::module_& module) {
            py::arg("ratio"), py::arg("keep_first"), py::arg("conversation") = "")
       .def("set_queue",
            [](PyStore& self, const std::vector<std::shared_ptr<Chain>>& waiting) {
-             std::vector<const Chain*> chains;
-             for (const auto& chain : waiting) chains.push_back(chain.get());
-             self.get().SetQueue(chains);
+             self.get().SetQueue(waiting);
            })
       .def("lookup", [](PyStore& self, const Chain& chain) { return self.get().Lookup(chain); })
       .def("begin", &Begin, py::arg("chain"), py::arg("max_history") = UINT32_MAX)

@@ -79,7 +79,7 @@ class StoreImpl final : public AttentionStore {
                                    truncation, conversation);
   }
 
-  void SetQueue(std::span<const Chain* const> waiting) override {
+  void SetQueue(std::span<const std::shared_ptr<Chain>> waiting) override {
     const MemoryReserve::Use use(&core_->memory);
     if (core_->usable()) core_->SetQueue(waiting);
   }

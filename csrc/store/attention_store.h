@@ -139,8 +139,8 @@ class CA_API AttentionStore {
                                           uint64_t conversation = 0) = 0;
 
   // Publishes the waiting queue, next to run first. Starts prefetches, protects what they need
-  // (design D6). The chains are not kept.
-  virtual void SetQueue(std::span<const Chain* const> waiting) = 0;
+  // (design D6). The chains are held until the next call.
+  virtual void SetQueue(std::span<const std::shared_ptr<Chain>> waiting) = 0;
 
   // What the user knows of a conversation, by its name. Advice: it changes what is kept longest,
   // and is forgotten with the conversation. `ns` counts from now on.

@@ -17,6 +17,14 @@ Conversation HoldConversation(Policy* policy, const Directory& directory, const 
   return owner;
 }
 
+Conversation HoldWaiting(Policy* policy, Directory* directory, const Chain& chain, bool ssd) {
+  const History history = chain.conversation() != 0
+                              ? History()
+                              : FindHistory(*directory, chain, chain.num_tokens() - 1, ssd);
+  return HoldConversation(policy, *directory, chain, directory->TenantIndex(chain.tenant()),
+                          history);
+}
+
 void RestoreConversations(Policy* policy, Directory* directory, std::span<const BlockRef> blocks) {
   std::unordered_set<BlockKey, DigestHash> parents;
   parents.reserve(blocks.size());

@@ -13,6 +13,9 @@ namespace cachedattn {
 Conversation HoldConversation(Policy* policy, const Directory& directory, const Chain& chain,
                               uint32_t tenant, const History& history);
 
+// The same of a chain that waits.
+Conversation HoldWaiting(Policy* policy, Directory* directory, const Chain& chain, bool ssd);
+
 // Gives blocks that were found on disk at open to conversations, one for each end of a chain, in
 // the order in which these were written. A block that several share belongs to the latest.
 void RestoreConversations(Policy* policy, Directory* directory, std::span<const BlockRef> blocks);

@@ -36,6 +36,8 @@ class Evictor {
   // Drops every copy in `tier` that nothing uses.
   void DropAll(Tier tier);
 
+  // Copies of waiting conversations, of all in num_evicted.
+  uint64_t num_waiting_evicted() const { return num_waiting_evicted_; }
   uint64_t num_evicted(Tier tier) const { return num_evicted_[static_cast<int>(tier)]; }
 
  private:
@@ -53,6 +55,7 @@ class Evictor {
   Trace* const trace_;
   const uint32_t reserve_;
   uint64_t num_evicted_[kNumTiers] = {};
+  uint64_t num_waiting_evicted_ = 0;
   std::set<uint32_t> over_quota_;  // tenants, in DRAM
 };
 

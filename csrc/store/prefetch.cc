@@ -28,25 +28,47 @@ Prefetcher::Prefetcher(Tiers* tiers, Directory* directory, Policy* policy, Evict
 void Prefetcher::Clear() {
   for (const Wanted& wanted : wanted_) policy_->Release(wanted.conversation);
   wanted_.clear();
-  num_wanted_.clear();
+  next_ = 0;
 }
 
-void Prefetcher::Want(std::span<const BlockRef> blocks, Conversation conversation) {
-  const SlotPool& slots = tiers_->dram->slots();
-  if (conversation == kNoConversation && !blocks.empty()) conversation = blocks.back()->owner;
-  for (const BlockRef& block : blocks) {
-    if (wanted_.size() >= slots.capacity()) return;
-    if (!OnSsdOnly(*block)) continue;
-    if (++num_wanted_[block->tenant] > slots.quota()) return;  // leave the list to other tenants
-    policy_->Hold(conversation);
-    wanted_.push_back({block->key, conversation});
+void Prefetcher::SetQueue(std::span<const std::shared_ptr<Chain>> waiting) {
+  Clear();
+  waiting_.assign(waiting.begin(), waiting.end());
+  const bool lost = std::exchange(num_lost_, evictor_->num_waiting_evicted()) != num_lost_;
+  std::unordered_set<const Chain*> there;
+  for (const auto& chain : waiting_) {
+    if (!lost && there_.contains(chain.get())) there.insert(chain.get());
   }
+  there_ = std::move(there);
+}
+
+// False: nothing that waits is on SSD alone.
+bool Prefetcher::WantMore() {
+  while (wanted_.empty() && next_ < waiting_.size()) {
+    const Chain& chain = *waiting_[next_++];
+    if (there_.contains(&chain)) continue;
+    const History history = FindHistory(*directory_, chain, chain.num_tokens() - 1, true);
+    Conversation conversation = HoldConversation(policy_, *directory_, chain,
+                                                 directory_->TenantIndex(chain.tenant()), history);
+    const bool own = conversation != kNoConversation;
+    if (!own && !history.blocks.empty()) conversation = history.blocks.back()->owner;
+    bool there = true;
+    for (const BlockRef& block : history.blocks) {
+      there = there && (block->ready(Tier::kDram) || block->ready(Tier::kDevice));
+      if (!OnSsdOnly(*block)) continue;
+      policy_->Hold(conversation);
+      wanted_.push_back({block->key, conversation});
+    }
+    if (own) policy_->Release(conversation);
+    if (there) there_.insert(&chain);
+  }
+  return !wanted_.empty();
 }
 
 void Prefetcher::Pump() {
   // A failed one may be in the disk's hands for long.
   std::erase_if(running_, [](const FillRef& fill) { return fill->done || !fill->status.ok(); });
-  while (!wanted_.empty() && running_.size() < max_in_flight_) {
+  while (running_.size() < max_in_flight_ && WantMore()) {
     if (preloader_->reads_waiting() || !tiers_->ssd->can_submit()) return;
     const auto [key, conversation] = wanted_.front();
     const BlockRef block = directory_->Find(key);

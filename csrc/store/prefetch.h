@@ -2,8 +2,10 @@
 #pragma once
 
 #include <deque>
+#include <unordered_set>
 
 #include "csrc/store/evict.h"
+#include "csrc/store/conversations.h"
 #include "csrc/store/preload.h"
 
 namespace cachedattn {
@@ -13,27 +15,33 @@ class Prefetcher {
   Prefetcher(Tiers* tiers, Directory* directory, Policy* policy, Evictor* evictor,
              Preloader* preloader);
 
-  void Clear();
-  // Bring these blocks to DRAM for the conversation, after those that were asked for before;
-  // kNoConversation: that of the last of them.
-  void Want(std::span<const BlockRef> blocks, Conversation conversation);
+  // Bring what these need to DRAM, the first of them first.
+  void SetQueue(std::span<const std::shared_ptr<Chain>> waiting);
   // Starts the next reads. Reads that a running sequence waits for go first.
   void Pump();
 
  private:
+  struct Wanted {
+    BlockKey key;
+    Conversation conversation;  // held
+  };
+
+  void Clear();
+  bool WantMore();
+
   Tiers* const tiers_;
   Directory* const directory_;
   Policy* const policy_;
   Evictor* const evictor_;
   Preloader* const preloader_;
   const uint32_t max_in_flight_;  // blocks
-  struct Wanted {
-    BlockKey key;
-    Conversation conversation;  // held
-  };
-  std::deque<Wanted> wanted_;
-  std::unordered_map<uint32_t, uint32_t> num_wanted_;  // by tenant, since Clear
+  std::vector<std::shared_ptr<Chain>> waiting_;
+  size_t next_ = 0;            // of waiting_, to be looked at
+  std::deque<Wanted> wanted_;  // of those before
   std::vector<FillRef> running_;
+  // Of waiting_, those that have all in DRAM while nothing of a waiting conversation is evicted.
+  std::unordered_set<const Chain*> there_;
+  uint64_t num_lost_ = 0;  // evicted by then
 };
 
 }  // namespace cachedattn

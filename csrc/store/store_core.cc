@@ -236,7 +236,7 @@ void StoreCore::SwitchSsd(bool on) {
   tiers.ssd_on = on;
   if (!on) {
     writes.SwitchOff();
-    prefetcher.Clear();
+    prefetcher.SetQueue({});
     return;
   }
   directory.ForEach([](Block& block) { block.write_failed = false; });
@@ -265,35 +265,29 @@ bool StoreCore::MakeRoom(Tier tier, uint32_t n, uint32_t tenant) {
   return evictor.MakeRoom(tier, n, true, tenant);
 }
 
-void StoreCore::SetQueue(std::span<const Chain* const> waiting) {
-  prefetcher.Clear();
+void StoreCore::SetQueue(std::span<const std::shared_ptr<Chain>> waiting) {
   const PolicyKind kind = policy->options().kind;
   const bool looks_ahead = kind == PolicyKind::kLookahead || kind == PolicyKind::kHazard;
-  if (!looks_ahead || !memory.full()) return;
+  if (!looks_ahead || !memory.full()) waiting = {};
 
   uint64_t mean = conversations_ended ? conversation_bytes / conversations_ended : 0;
   if (mean == 0) {
-    for (const Chain* chain : waiting) {
+    for (const auto& chain : waiting) {
       mean += chain->num_tokens() * options.layout.bytes_per_token() / waiting.size();
     }
   }
   const uint64_t ssd_bytes =
       tiers.ssd ? tiers.ssd_slots->capacity() * options.layout.host_slot_bytes() : 0;
   const Windows windows = ComputeWindows(tiers.dram->capacity_bytes(), ssd_bytes, mean);
-  const size_t num_seen = std::min<size_t>(waiting.size(), windows.eviction);
   std::vector<Conversation> conversations;
-  for (size_t i = 0; i < num_seen; ++i) {
-    const Chain& chain = *waiting[i];
-    const History history = FindHistory(directory, chain, chain.num_tokens() - 1, tiers.ssd_on);
-    const Conversation conversation = HoldConversation(
-        policy.get(), directory, chain, directory.TenantIndex(chain.tenant()), history);
+  for (const auto& chain : waiting.first(std::min<size_t>(waiting.size(), windows.eviction))) {
+    const Conversation conversation = HoldWaiting(policy.get(), &directory, *chain, tiers.ssd_on);
     if (conversation != kNoConversation) conversations.push_back(conversation);
-    if (tiers.ssd != nullptr && i < windows.prefetch) {
-      prefetcher.Want(history.blocks, conversation);
-    }
   }
   policy->SetQueue(conversations);
   for (const Conversation conversation : conversations) policy->Release(conversation);
+  if (tiers.ssd == nullptr) return;
+  prefetcher.SetQueue(waiting.first(std::min<size_t>(waiting.size(), windows.prefetch)));
 }
 
 CachedTokens StoreCore::Count(const Chain& chain, const History& history) const {

@@ -49,7 +49,7 @@ struct StoreCore : std::enable_shared_from_this<StoreCore> {
 
   Result<bool> EraseTenant(std::string_view tenant);
 
-  void SetQueue(std::span<const Chain* const> waiting);
+  void SetQueue(std::span<const std::shared_ptr<Chain>> waiting);
 
   CachedTokens Count(const Chain& chain, const History& history) const;
   StoreStats Stats() const;

@@ -28,7 +28,7 @@ std::string UseAll(std::unique_ptr<AttentionStore> store, std::unique_ptr<Turn> 
   chain->Append(MakeTokens(3 * kBlock, 1));
   if (!closed(store->Begin(chain, UINT32_MAX).status())) return "Begin";
   if (store->Lookup(*chain).total != 0) return "Lookup";
-  const Chain* const waiting[] = {chain.get()};
+  const std::shared_ptr<Chain> waiting[] = {chain};
   store->SetQueue(waiting);
   store->Poll();
   store->Flush();

@@ -70,7 +70,7 @@ TEST_F(StorePolicyTest, TheQueueProtectsAndGoesFromItsTail) {
   PlayTurn(store.get(), c_);
   const auto a = ChainFor(store.get(), a_ + MakeTokens(5, 7));
   const auto b = ChainFor(store.get(), b_ + MakeTokens(5, 7));
-  const Chain* waiting[] = {a.get(), b.get()};
+  const std::shared_ptr<Chain> waiting[] = {a, b};
   store->SetQueue(waiting);
   PlayTurn(store.get(), MakeTokens(3 * kBlock, 5));  // c goes, though it was used last
   EXPECT_EQ(Cached(store.get(), c_), kBlock);
@@ -93,7 +93,7 @@ TEST_F(StorePolicyTest, TheQueueBringsBlocksToDramInItsOrder) {
   const auto b = ChainFor(store.get(), b_ + MakeTokens(5, 7));
   const auto a = ChainFor(store.get(), a_ + MakeTokens(5, 7));
   const auto c = ChainFor(store.get(), c_ + MakeTokens(5, 7));
-  const Chain* waiting[] = {b.get(), a.get(), c.get()};
+  const std::shared_ptr<Chain> waiting[] = {b, a, c};
   store->SetQueue(waiting);
   for (int i = 0; i < 2000 && From(store->Lookup(*a), Tier::kDram) < 3 * kBlock; ++i) {
     store->Poll();
@@ -118,7 +118,7 @@ TEST_F(StorePolicyTest, PrefetchDisplacesWhatRanksLower) {
   const auto a = ChainFor(store.get(), a_ + MakeTokens(5, 7));
   ASSERT_EQ(From(store->Lookup(*a), Tier::kDram), 0u);
   ASSERT_EQ(Dram(store->stats()).used_slots, 6u);
-  const Chain* waiting[] = {a.get()};
+  const std::shared_ptr<Chain> waiting[] = {a};
   store->SetQueue(waiting);
   for (int i = 0; i < 2000 && From(store->Lookup(*a), Tier::kDram) < 3 * kBlock; ++i) {
     store->Poll();
@@ -133,7 +133,7 @@ TEST_F(StorePolicyTest, ARequestJoinsARunningPrefetch) {
   PlayTurn(store.get(), a_);
   store->DropTier(Tier::kDram);
   const auto a = ChainFor(store.get(), a_ + MakeTokens(5, 7));
-  const Chain* waiting[] = {a.get()};
+  const std::shared_ptr<Chain> waiting[] = {a};
   const uint64_t before = store->stats().ssd_bytes_read;
   store->SetQueue(waiting);
   store->Poll();

@@ -91,14 +91,12 @@ class StoreRandomTest : public ::testing::TestWithParam<World> {
 
   void Queue() {
     std::vector<std::shared_ptr<Chain>> chains;
-    std::vector<const Chain*> waiting;
     for (int i = 0; i < kConversations; ++i) {
       if (running_[i] != nullptr || histories_[i].empty()) continue;
       chains.push_back(store_->NewChain("t", GetParam().truncation));
       chains.back()->Append(histories_[i] + MakeTokens(3, 5));
-      waiting.push_back(chains.back().get());
     }
-    store_->SetQueue(waiting);
+    store_->SetQueue(chains);
   }
 
   void Reopen() {

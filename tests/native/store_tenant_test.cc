@@ -125,7 +125,7 @@ TEST_F(StoreTenantTest, PrefetchKeepsTheQuota) {
   ASSERT_TRUE(running.Begin());
   ASSERT_TRUE(running.Step(4 * kBlock).ok());  // leaves room for two
   const auto chain_a = ChainOf(store.get(), "a", a), chain_b = ChainOf(store.get(), "b", b);
-  const Chain* waiting[] = {chain_a.get(), chain_b.get()};
+  const std::shared_ptr<Chain> waiting[] = {chain_a, chain_b};
   store->SetQueue(waiting);
   for (int i = 0; i < 5000 && From(store->Lookup(*chain_b), Tier::kDram) < 3 * kBlock; ++i) {
     store->Poll();
@@ -176,7 +176,7 @@ TEST_F(StoreTenantTest, QuotasHoldUnderLoad) {
       turn.Finish();
       if (random() % 3 == 0) {
         const auto chain = ChainOf(store.get(), tenant, MakeTokens(5 * kBlock, random() % 6));
-        const Chain* waiting[] = {chain.get()};
+        const std::shared_ptr<Chain> waiting[] = {chain};
         store->SetQueue(waiting);
       }
       Settle(store.get());

@@ -161,7 +161,7 @@ class Rig {
     if (store_ == nullptr) return;
     const auto chain = store_->NewChain("t", {});
     chain->Append(tokens);
-    const Chain* const waiting[] = {chain.get()};
+    const std::shared_ptr<Chain> waiting[] = {chain};
     (void)store_->Lookup(*chain);
     store_->SetQueue(waiting);
     for (int i = 0; i < 20; ++i) store_->Poll();

@@ -217,14 +217,12 @@ void SimWorld::Advance(Conversation* conversation) {
 
 void SimWorld::Queue() {
   std::vector<std::shared_ptr<Chain>> chains;
-  std::vector<const Chain*> waiting;
   for (const Conversation& conversation : conversations_) {
     if (conversation.turn != nullptr || conversation.history.empty()) continue;
     chains.push_back(store_->NewChain(conversation.tenant, options_.truncation, conversation.name));
     chains.back()->Append(conversation.history);
-    waiting.push_back(chains.back().get());
   }
-  store_->SetQueue(waiting);
+  store_->SetQueue(chains);
 }
 
 // A hint changes what is kept, never what is right.
