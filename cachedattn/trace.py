@@ -209,7 +209,9 @@ def read_trace(path: Path) -> Trace:
 
 
 def draw_sessions(trace: Trace, per_hour: float, hours: float, seed: int) -> Trace:
-    """Sessions that begin at random (Poisson), each recorded one before any comes again."""
+    """Sessions that begin at random (Poisson), each recorded one before any comes again.
+
+    The trace ends after `hours`: turns that were recorded later in their sessions are left out."""
     random = np.random.default_rng(seed)
     columns = trace.columns
     by_session = np.argsort(columns["session"], kind="stable")
@@ -226,6 +228,7 @@ def draw_sessions(trace: Trace, per_hour: float, hours: float, seed: int) -> Tra
     num_lines = 0
     for number, begin in enumerate(begins):
         lines = recorded[order[number]]
+        lines = lines[begin + columns["arrival_s"][lines] <= 3600 * hours]
         place[lines] = num_lines + np.arange(len(lines))
         part = {name: values[lines] for name, values in columns.items()}
         for link in ("parent", "previous"):

@@ -66,7 +66,7 @@ std::unique_ptr<PyReplay> NewReplay(const Column<int32_t>& parent, const Column<
   out->tree = std::make_unique<TokenTree>(out->workload, granularity, window);
   out->schedule = MakeSchedule(
       out->workload,
-      {.slots = slots, .load = load, .span_s = span_s, .turns_per_second = turns_per_second});
+      {.slots = slots, .span_s = span_s, .load = load, .turns_per_second = turns_per_second});
   return out;
 }
 

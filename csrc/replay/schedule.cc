@@ -99,9 +99,10 @@ Schedule MakeSchedule(const Workload& workload, const ServerOptions& options) {
   CA_CHECK(out.by_arrival.size() == n);
   out.by_completion = Sorted(out.completion);
   double waited = 0;
-  for (size_t r = 0; r < n; ++r) waited += out.start[r] - out.arrival[r];
-  const double span = out.completion[out.by_completion.back()] - out.arrival[out.by_arrival[0]];
-  out.mean_queue = span > 0 ? waited / span : 0;
+  for (size_t r = 0; r < n && options.span_s > 0; ++r) {
+    waited += std::max(0.0, std::min(out.start[r], options.span_s) - out.arrival[r]);
+  }
+  out.mean_queue = options.span_s > 0 ? waited / options.span_s : 0;
   return out;
 }
 

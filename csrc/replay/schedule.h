@@ -15,9 +15,9 @@ namespace cachedattn {
 
 struct ServerOptions {
   uint32_t slots = 1;
-  // Work that is offered, as a share of what the slots can do in `span_s` seconds; 0: unscaled.
+  double span_s = 0;  // of the trace
+  // Work that is offered, as a share of what the slots can do in the span; 0: unscaled.
   double load = 0;
-  double span_s = 0;
   // In place of a load: what the slots complete while all of them are busy; 0: not given.
   double turns_per_second = 0;
 };
@@ -28,7 +28,7 @@ struct Schedule {
   std::vector<double> arrival, start, completion;
   // Requests in the order of their arrivals, which is that of their starts, and by completion.
   std::vector<uint32_t> by_arrival, by_completion;
-  double mean_queue = 0;  // waiting requests, on average over the time from first to last
+  double mean_queue = 0;  // waiting requests, on average over the span
 };
 
 // Seconds of one turn with `new_tokens` to compute until its first token, at factor 1.
