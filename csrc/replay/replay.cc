@@ -15,6 +15,9 @@ namespace {
 // then differ by the header page alone, which is a half.
 constexpr KvLayout kLayout{1, 1, 64, TokenTree::kBlockSize, DType::kBFloat16};
 constexpr size_t kProgressEvery = 256;  // requests
+// A queue that is long is published again when one in so many of it has changed: its cost to the
+// store grows with its length, and what a few more or less do to its tail does not show.
+constexpr size_t kQueueShare = 64;
 
 int64_t Ns(double seconds) { return std::llround(1e9 * seconds); }
 
@@ -80,7 +83,7 @@ class Player {
   };
   std::vector<Session> sessions_;
   WaitingQueue queue_;
-  bool queue_changed_ = false;
+  size_t queue_changes_ = 0;     // since it was published
   std::list<uint32_t> no_room_;  // started, but there was no room for their history
   std::list<uint32_t> loading_;  // their history is on its way
   std::list<uint32_t> due_;      // their completion has come, but not all of their history
@@ -166,12 +169,12 @@ std::shared_ptr<Chain> Player::ChainOf(uint32_t r) {
 void Player::Arrive(uint32_t r) {
   turns_[r].chain = ChainOf(r);
   queue_.Join(turns_[r].chain.get());
-  queue_changed_ = true;
+  ++queue_changes_;
 }
 
 void Player::Start(uint32_t r) {
   queue_.LeaveFirst();
-  queue_changed_ = true;
+  ++queue_changes_;
   if (!Begin(r, UINT32_MAX)) no_room_.push_back(r);
 }
 
@@ -267,8 +270,10 @@ void Player::PlayMoment(int64_t now_ns) {
   while (due(schedule_.by_arrival, next_start_, schedule_.start)) {
     Start(schedule_.by_arrival[next_start_++]);
   }
-  if (queue_changed_) store_->SetQueue(queue_.waiting());
-  queue_changed_ = false;
+  if (queue_changes_ > queue_.waiting().size() / kQueueShare) {
+    store_->SetQueue(queue_.waiting());
+    queue_changes_ = 0;
+  }
   PollDevices();
 }
 
