@@ -80,8 +80,7 @@ py::dict Play(const PyReplay& self, const std::string& policy, uint64_t dram_byt
                         .token_bytes = token_bytes,
                         .dram_reserve = dram_reserve,
                         .ssd = {ssd_read_bytes_s, ssd_write_bytes_s, ssd_latency_s},
-                        .copy_bytes_s = copy_bytes_s,
-                        .progress = {}};
+                        .copy_bytes_s = copy_bytes_s};
   std::exception_ptr error;  // of `progress`
   options.progress = [&](size_t done) {
     const py::gil_scoped_acquire acquire;

@@ -196,17 +196,7 @@ class Stored {
 }  // namespace
 
 std::vector<uint32_t> IdealTokens(const TokenTree& tree, const Schedule& schedule) {
-  std::vector<uint32_t> ideal(tree.size());
-  for (size_t r = 0; r < tree.size(); ++r) {
-    uint32_t tokens = tree.shared(r);
-    for (int32_t p = tree.workload()[r].parent;
-         p != kNoRequest && tokens > 0 && schedule.completion[p] > schedule.start[r];
-         p = tree.workload()[p].parent) {
-      tokens = std::min(tokens, tree.shared(p));
-    }
-    ideal[r] = tokens - tree.NumDropped(tokens);
-  }
-  return ideal;
+  return OptimalTokens(tree, schedule, UINT64_MAX);
 }
 
 std::vector<uint32_t> OptimalTokens(const TokenTree& tree, const Schedule& schedule,

@@ -24,10 +24,10 @@ struct ReplayOptions {
   uint64_t ssd_bytes = 0;    // 0: no SSD tier
   uint64_t token_bytes = 0;  // K and V of one token of the model
   double dram_reserve = 0;
-  SsdModel ssd;
+  SsdModel ssd = {};
   double copy_bytes_s = 0;  // DRAM <-> device, each way; 0: takes no time
   // Called with the number of requests that have ended. False: the replay is given up.
-  std::function<bool(size_t done)> progress;
+  std::function<bool(size_t done)> progress = {};
 };
 
 struct ReplayResult {
