@@ -229,33 +229,10 @@ def replay(
     would find, beside the best possible (MIN), the share of turns that found at least half of
     their history, and the share of later turns that found all of it.
     """
+    given = dict(locals())
     from cachedattn.cli_replay import ReplayArgs, run_replay
 
-    run_replay(
-        ReplayArgs(
-            trace=trace,
-            policy=policy,
-            capacity=capacity,
-            dram=dram,
-            ssd=ssd,
-            load=load,
-            turns_per_second=turns_per_second,
-            slots=slots,
-            window=window,
-            model=model,
-            ssd_read=ssd_read,
-            ssd_write=ssd_write,
-            copy=copy,
-            arrivals_per_hour=arrivals_per_hour,
-            hours=hours,
-            seed=seed,
-            warmup=warmup,
-            granularity=granularity,
-            jobs=jobs,
-            plot=plot,
-            as_json=as_json,
-        )
-    )
+    run_replay(ReplayArgs(**given))
 
 
 @bench_app.command()

@@ -142,6 +142,8 @@ def prepare(args: ReplayArgs) -> tuple[Trace, Replayer, list[Cell]]:
     replayer = Replayer(trace, server, hardware, args.granularity, warmup=args.warmup)
     if args.warmup >= len(trace):
         raise ValueError(f"--warmup: the trace has only {len(trace)} turns")
+    for load in load_values:
+        replayer.schedule(load)  # what is wrong with the window shows here
     block = replayer.granularity * hardware.token_bytes * _core.Replay.block_size
     sizes = tiers(args, trace.footprint * hardware.token_bytes)
     for size in (size for pair in sizes for size in pair):
@@ -155,8 +157,6 @@ def prepare(args: ReplayArgs) -> tuple[Trace, Replayer, list[Cell]]:
     ]
     if any(cell.dram == 0 for cell in cells):
         raise ValueError("--dram: must be above 0")
-    for load in load_values:
-        replayer.schedule(load)  # what is wrong with the window shows here
     return trace, replayer, cells
 
 
@@ -177,6 +177,8 @@ def print_table(trace: Trace, replayer: Replayer, rows: list[dict[str, Any]]) ->
         title=f"{len(trace):,} turns, {trace.footprint / 1e6:.1f} M tokens ({bytes_text}), "
         f"{replayer.server.slots} slots",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
         caption="ideal: tokens found, of an unlimited store's; MIN: the best possible; "
         "turn: turns that found half or more; full: later turns that found all (%)",
     )
@@ -206,7 +208,10 @@ def print_table(trace: Trace, replayer: Replayer, rows: list[dict[str, Any]]) ->
             end_section=(row["load"], row["capacity"])
             != (following["load"], following["capacity"]),
         )
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
 
 
 def load_pyplot() -> Any:
