@@ -16,8 +16,10 @@ namespace {
 constexpr KvLayout kLayout{1, 1, 64, TokenTree::kBlockSize, DType::kBFloat16};
 constexpr size_t kProgressEvery = 256;  // requests
 // A queue that is long is published again when one in so many of it has changed: its cost to the
-// store grows with its length, and what a few more or less do to its tail does not show.
+// store grows with its length, and what a few more or less do to its tail does not show. Where
+// there is something to prefetch, also when so many have left its head.
 constexpr size_t kQueueShare = 64;
+constexpr size_t kMaxStarted = 8;
 
 int64_t Ns(double seconds) { return std::llround(1e9 * seconds); }
 
@@ -83,7 +85,8 @@ class Player {
   };
   std::vector<Session> sessions_;
   WaitingQueue queue_;
-  size_t queue_changes_ = 0;     // since it was published
+  // Since the queue was published.
+  size_t num_joined_ = 0, num_started_ = 0;
   std::list<uint32_t> no_room_;  // started, but there was no room for their history
   std::list<uint32_t> loading_;  // their history is on its way
   std::list<uint32_t> due_;      // their completion has come, but not all of their history
@@ -169,12 +172,12 @@ std::shared_ptr<Chain> Player::ChainOf(uint32_t r) {
 void Player::Arrive(uint32_t r) {
   turns_[r].chain = ChainOf(r);
   queue_.Join(turns_[r].chain.get());
-  ++queue_changes_;
+  ++num_joined_;
 }
 
 void Player::Start(uint32_t r) {
   queue_.LeaveFirst();
-  ++queue_changes_;
+  ++num_started_;
   if (!Begin(r, UINT32_MAX)) no_room_.push_back(r);
 }
 
@@ -270,9 +273,10 @@ void Player::PlayMoment(int64_t now_ns) {
   while (due(schedule_.by_arrival, next_start_, schedule_.start)) {
     Start(schedule_.by_arrival[next_start_++]);
   }
-  if (queue_changes_ > queue_.waiting().size() / kQueueShare) {
+  if (num_joined_ + num_started_ > queue_.waiting().size() / kQueueShare ||
+      (ssd_ != nullptr && num_started_ >= kMaxStarted)) {
     store_->SetQueue(queue_.waiting());
-    queue_changes_ = 0;
+    num_joined_ = num_started_ = 0;
   }
   PollDevices();
 }
