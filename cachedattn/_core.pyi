@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence as Seq
 
+from typing import Any
+
 import numpy as np
 
 class StoreError(RuntimeError):
@@ -127,3 +129,54 @@ def check_store(
 
 def erase_tenant(path: str, master_key_file: str, tenant: str) -> bool:
     """Drops a tenant's key from a store that nobody has open; False: there is none."""
+
+def check_policy(name: str) -> None: ...  # ValueError: there is no such policy of a replay
+
+class Replay:
+    """A trace's requests and their schedule on a server; the columns are of one length.
+
+    Token counts of the answers are in units of `granularity` tokens of the model.
+    """
+
+    block_size: int
+    def __init__(
+        self,
+        *,
+        parent: np.ndarray,  # earlier request that the prompt shares `shared` tokens with, or -1
+        shared: np.ndarray,
+        prompt: np.ndarray,
+        answer: np.ndarray,
+        session: np.ndarray,
+        previous: np.ndarray,  # the session's turn before, or -1
+        finish: np.ndarray,  # csrc/policy/policy.h, Finish
+        arrival_s: np.ndarray,  # of first turns
+        think_s: np.ndarray,  # of later turns
+        service_s: np.ndarray,  # negative: not recorded
+        granularity: int,
+        window: int,  # 0: none
+        slots: int,
+        load: float,  # 0: unscaled
+        span_s: float,
+        turns_per_second: float,  # 0: by load
+    ) -> None: ...
+    arrival: np.ndarray  # seconds, by request
+    start: np.ndarray
+    completion: np.ndarray
+    factor: float  # of service times
+    mean_queue: float
+    def ideal(self) -> np.ndarray: ...  # tokens by request that an unlimited store finds
+    def optimum(self, capacity: int) -> np.ndarray: ...  # and the best store of so many tokens
+    def play(
+        self,
+        *,
+        policy: str,
+        dram_bytes: int,
+        ssd_bytes: int,
+        token_bytes: int,  # of one token of the model
+        dram_reserve: float,
+        ssd_read_bytes_s: float,
+        ssd_write_bytes_s: float,
+        ssd_latency_s: float,
+        copy_bytes_s: float,  # 0: takes no time
+        progress: Callable[[int], None] | None = None,  # what it raises ends the replay
+    ) -> dict[str, Any]: ...

@@ -171,6 +171,70 @@ def keygen(path: Annotated[Path, typer.Argument(help="File to make; it must not 
     print(f"{path}: made; a store takes it as StoreConfig(encrypt='{path}')")
 
 
+@app.command()
+def replay(
+    trace: Annotated[
+        Path, typer.Argument(help="JSON lines, plain or gzip; '-' reads standard input.")
+    ],
+    policy: Annotated[
+        str, typer.Option(help="Policies with commas: see below")
+    ] = "lookahead,lru",
+    capacity: Annotated[
+        str,
+        typer.Option(help="Sizes with commas: percent of the trace's KV, or '4.4TB'."),
+    ] = "2%,5%,10%",
+    dram: Annotated[
+        str | None, typer.Option(help="DRAM of each capacity; the rest is SSD. Default: all.")
+    ] = None,
+    ssd: Annotated[
+        str | None, typer.Option(help="Size of the SSD tier, with --dram, in place of --capacity.")
+    ] = None,
+    load: Annotated[
+        str | None, typer.Option(help="Loads with commas: work offered per slot.")
+    ] = None,
+    turns_per_second: Annotated[
+        float | None, typer.Option(min=1e-6, help="Of all slots when busy, in place of a load.")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="Turns that run at one time.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=0, help="Context in tokens; its oldest half is dropped.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="llama-8b, -13b, -65b or -70b, or bytes of KV per token.")
+    ] = "llama-13b",
+    ssd_read: Annotated[str, typer.Option(help="Read rate of the SSD, a second.")] = "5GB",
+    ssd_write: Annotated[str, typer.Option(help="Write rate of the SSD, a second.")] = "3GB",
+    copy: Annotated[
+        str, typer.Option(help="Rate between DRAM and device, a second; 0: takes no time.")
+    ] = "0",
+    arrivals_per_hour: Annotated[
+        float, typer.Option(min=1e-6, help="Sessions, where a trace times only within them.")
+    ] = 120.0,
+    hours: Annotated[float, typer.Option(min=1e-6, help="Length of such a replay.")] = 12.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the arrivals that are drawn.")] = 0,
+    warmup: Annotated[int, typer.Option(min=0, help="First turns that are not measured.")] = 0,
+    granularity: Annotated[
+        int, typer.Option(min=0, help="Tokens that are moved as one. Default: by mean prompt.")
+    ] = 0,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Replays at one time. Default: cores.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the shares of ideal (PNG).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Replay a recorded workload through the store, in virtual time on modelled hardware.
+
+    What is kept, prefetched and dropped is decided by the code of the live store. Prints, for
+    every load, capacity and policy, the tokens found as a share of what an unlimited store
+    would find, beside the best possible (MIN), the share of turns that found at least half of
+    their history, and the share of later turns that found all of it.
+    """
+    given = dict(locals())
+    from cachedattn.cli_replay import ReplayArgs, run_replay
+
+    run_replay(ReplayArgs(**given))
+
+
 @bench_app.command()
 def ttft(
     history: Annotated[

@@ -24,5 +24,6 @@ std::vector<TokenId> ToTokens(const pybind11::object& tokens);
 void BindErrors(pybind11::module_& module);
 void BindStore(pybind11::module_& module);
 void BindInspect(pybind11::module_& module);
+void BindReplay(pybind11::module_& module);
 
 }  // namespace cachedattn

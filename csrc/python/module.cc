@@ -6,4 +6,5 @@ PYBIND11_MODULE(_core, module) {
   cachedattn::BindErrors(module);
   cachedattn::BindStore(module);
   cachedattn::BindInspect(module);
+  cachedattn::BindReplay(module);
 }
