@@ -176,9 +176,7 @@ def replay(
     trace: Annotated[
         Path, typer.Argument(help="JSON lines, plain or gzip; '-' reads standard input.")
     ],
-    policy: Annotated[
-        str, typer.Option(help="Policies with commas: see below")
-    ] = "lookahead,lru",
+    policy: Annotated[str, typer.Option(help="Policies with commas: see below")] = "lookahead,lru",
     capacity: Annotated[
         str,
         typer.Option(help="Sizes with commas: percent of the trace's KV, or '4.4TB'."),

@@ -130,12 +130,13 @@ void PolicyImpl::SetQueue(std::span<const Conversation> waiting) {
     if (record.queue_mark == mark) continue;
     Unseat(id);
     record.queue_mark = 0;
-    if (!record.busy()) StartIdle(id, false);
+    if (record.hinted) SetTimer(id);
     Seat(id);
     LetGo(id);
   }
   queue_ = std::move(queue);
   queue_mark_ = mark;
+  FireTimers();  // of those whose time to live had passed while they waited
 }
 
 void PolicyImpl::Begin(Conversation id) {
@@ -145,8 +146,9 @@ void PolicyImpl::Begin(Conversation id) {
   Unseat(id);
   if (!record.busy()) Return(id);
   TakeBackHints(id);
+  if (learns() && !record.ageing) StartIdle(id, false);  // it was over
   record.used = ++stamp_;
-  if (record.in_service++ == 0) record.begun = record.used;
+  ++record.in_service;
   if (!learns() && options_.kind != PolicyKind::kFifo) record.order = record.used;
   Seat(id);
 }
@@ -158,7 +160,8 @@ void PolicyImpl::End(Conversation id, const TurnEnd* turn) {
   Unseat(id);
   --record.in_service;
   if (turn != nullptr) EndTurn(id, *turn);
-  if (!record.busy()) StartIdle(id, turn != nullptr);
+  StopAgeing(id, now_ns_);
+  StartIdle(id, turn != nullptr && !record.busy());
   Seat(id);
   LetGo(id);
 }

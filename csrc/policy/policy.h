@@ -16,11 +16,12 @@
 //   idle        by the rule above
 //   promised    its user said when it returns: the latest first. With kHazard it stands among the
 //               idle ones, worth one hit for the rest of that time
-//   in service  the longest in service first
 //   waiting     the last of the queue first (kLru, kFifo: as if it were not waiting)
 //   leased      pinned by the user, until its lease ends: the one that ends first goes first
 //
-// Where several hold, the last of the list counts, but over outranks promised and idle alone.
+// Where several hold, the last of the list counts, but over outranks promised and idle alone. A
+// conversation in service stands among the idle ones: as used when the turn began, and with kHazard
+// ageing since the turn before. Its copies are of no use before its next turn.
 //
 // The policy knows conversations by handles and sees neither blocks nor bytes: the store and the
 // simulator (csrc/replay) are both driven by it. Every call costs the same however many
@@ -81,7 +82,7 @@ class CA_API Policy {
 
   // The waiting queue, next to run first; a conversation may be in it more than once. It holds them
   // until the next call. That a conversation is back is learnt from it. One that leaves the queue
-  // without a turn is idle again as it was, but as if from now on, and teaches no more.
+  // without a turn is idle again as it was, and teaches no more.
   virtual void SetQueue(std::span<const Conversation> waiting) = 0;
   // A turn of it runs from Begin to End (nullptr: it was given up, which teaches nothing). It is
   // held in between.

@@ -42,7 +42,7 @@ void PolicyImpl::CheckRecord(Conversation id) const {
   CA_CHECK(record.place == PlaceOf(id) && record.key == KeyOf(id));
   CA_CHECK(!record.over || HintsOf(id).over_ns <= now_ns_);
   CA_CHECK(!record.teaches || (learns() && !record.busy()));
-  CA_CHECK(record.ageing == (learns() && !record.busy() && !record.over));
+  CA_CHECK(record.ageing == (learns() && !record.over));
   if (record.ageing) CA_CHECK(record.bin == HazardTables::BinOf(now_ns_ - record.idle_since_ns));
   if (!record.hinted) return;
   const Hints& hints = HintsOf(id);

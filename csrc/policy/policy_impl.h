@@ -5,9 +5,9 @@
 // cell of its place: Unseat before anything changes that the place, the cell or the key hangs on,
 // Seat after.
 //
-// With kHazard the idle ones that are not over stand in a list for each bin of ages as well, in the
-// order they became idle, and cross to the next one as time passes. A conversation that nobody
-// holds any more stays a while as a ghost: in these lists, but in no tier.
+// With kHazard all that are not over stand in a list for each bin of ages as well, in the order in
+// which their last turns ended, and cross to the next one as time passes. A conversation that
+// nobody holds any more stays a while as a ghost: in these lists, but in no tier.
 #pragma once
 
 #include <set>
@@ -78,8 +78,8 @@ class PolicyImpl final : public Policy {
   using OfTenant = std::tuple<uint32_t, uint8_t, uint64_t, Conversation>;
 
   // Cells of a ranking. Idle conversations have one for each class and bin, or only one.
-  static constexpr CellId kOverCell = 0, kDroppedCell = 1, kPromisedCell = 2, kInServiceCell = 3,
-                          kWaitingCell = 4, kLeasedCell = 5, kIdleCell = 6;
+  static constexpr CellId kOverCell = 0, kDroppedCell = 1, kPromisedCell = 2, kWaitingCell = 3,
+                          kLeasedCell = 4, kIdleCell = 5;
 
   bool learns() const { return options_.kind == PolicyKind::kHazard; }
   bool queue_protects() const {

@@ -64,8 +64,10 @@ void PolicyImpl::Cross(Conversation id, uint8_t bin) {
     tables_.Leave(record.turn_class, record.bin, since_ns, since_ns + HazardTables::LowerEdge(bin));
     tables_.Enter(record.turn_class, bin, since_ns);
   }
-  const CellId from = IdleCell(record.turn_class, record.bin);
-  const CellId to = IdleCell(record.turn_class, bin);
+  std::array<CellId, kNumTiers> from{};
+  for (uint32_t tier = 0; tier < kNumTiers; ++tier) {
+    from[tier] = CellOf(record, static_cast<Tier>(tier));
+  }
   record.bin = bin;
   AgeList& ages = ages_[bin];
   if (ages.list.empty() && bin + 1u < HazardTables::kNumBins) {
@@ -75,8 +77,9 @@ void PolicyImpl::Cross(Conversation id, uint8_t bin) {
   ages.list.PushBack(&records_, kAgeLink, id);
   if (record.place != Place::kIdle) return;
   for (uint32_t tier = 0; tier < kNumTiers; ++tier) {
-    if ((record.evictable >> tier & 1) == 0) continue;
-    rankings_[tier].Erase(id, from);
+    const CellId to = CellOf(record, static_cast<Tier>(tier));
+    if ((record.evictable >> tier & 1) == 0 || to == from[tier]) continue;
+    rankings_[tier].Erase(id, from[tier]);
     rankings_[tier].Insert(id, to);
   }
 }
@@ -91,7 +94,8 @@ void PolicyImpl::StopAgeing(Conversation id, int64_t at_ns) {
   }
 }
 
-// Idle from now on. REQUIRES: unseated.
+// Its age is counted from now on; `teaches`: it is idle, and its return is news. REQUIRES:
+// unseated, not ageing.
 void PolicyImpl::StartIdle(Conversation id, bool teaches) {
   Record& record = records_[id];
   record.idle_since_ns = now_ns_;
@@ -121,8 +125,8 @@ void PolicyImpl::Return(Conversation id) {
     const int64_t over_ns = HintsOf(id).over_ns - record.idle_since_ns;
     tables_.AddExposure(record.turn_class, std::max<int64_t>(over_ns, 0), age_ns);
   }
-  StopAgeing(id, now_ns_);
   if (!record.teaches) return;
+  if (record.ageing) tables_.Leave(record.turn_class, record.bin, record.idle_since_ns, now_ns_);
   tables_.AddEvent(record.turn_class, HazardTables::BinOf(age_ns));
   record.gap = HazardTables::GapOf(age_ns);
   record.teaches = false;

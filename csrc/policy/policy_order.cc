@@ -16,9 +16,8 @@ Place PolicyImpl::PlaceOf(Conversation id) const {
   const Record& record = records_[id];
   if (record.hinted && HintsOf(id).leased()) return Place::kLeased;
   if (record.waiting() && queue_protects()) return Place::kWaiting;
-  if (record.in_service > 0) return Place::kInService;
   if (record.over) return Place::kOver;
-  if (record.hinted && HintsOf(id).promised()) return Place::kPromised;
+  if (record.in_service == 0 && record.hinted && HintsOf(id).promised()) return Place::kPromised;
   return Place::kIdle;
 }
 
@@ -30,8 +29,6 @@ uint64_t PolicyImpl::KeyOf(Conversation id) const {
       return KeyOfTime(HintsOf(id).over_ns);
     case Place::kPromised:
       return ~KeyOfTime(HintsOf(id).return_ns);
-    case Place::kInService:
-      return record.begun;
     case Place::kWaiting:
       return ~record.queued;
     case Place::kLeased:
@@ -43,13 +40,12 @@ uint64_t PolicyImpl::KeyOf(Conversation id) const {
 }
 
 CellId PolicyImpl::CellOf(const Record& record, Tier tier) const {
+  const bool dropped = options_.drop_in_service && tier == Tier::kDram && record.in_service > 0;
   switch (record.place) {
     case Place::kOver:
       return kOverCell;
     case Place::kPromised:
       return kPromisedCell;
-    case Place::kInService:
-      return options_.drop_in_service && tier == Tier::kDram ? kDroppedCell : kInServiceCell;
     case Place::kWaiting:
       return kWaitingCell;
     case Place::kLeased:
@@ -57,6 +53,7 @@ CellId PolicyImpl::CellOf(const Record& record, Tier tier) const {
     case Place::kIdle:
       break;
   }
+  if (dropped) return kDroppedCell;
   return learns() ? IdleCell(record.turn_class, record.bin) : kIdleCell;
 }
 
@@ -124,7 +121,7 @@ void PolicyImpl::SetOrder() {
   } else {
     order_.cell_at.push_back(kIdleCell);
   }
-  for (CellId cell : {kPromisedCell, kInServiceCell, kWaitingCell, kLeasedCell}) {
+  for (CellId cell : {kPromisedCell, kWaitingCell, kLeasedCell}) {
     order_.cell_at.push_back(cell);
   }
   for (size_t i = 0; i < order_.cell_at.size(); ++i) {

@@ -12,7 +12,7 @@
 namespace cachedattn {
 
 // Where a conversation stands (policy.h, "From first to go to last").
-enum class Place : uint8_t { kOver, kIdle, kPromised, kInService, kWaiting, kLeased };
+enum class Place : uint8_t { kOver, kIdle, kPromised, kWaiting, kLeased };
 
 struct Link {
   Conversation prev = kNoConversation;
@@ -46,7 +46,6 @@ struct alignas(64) Record {
   uint64_t name = 0;
   uint64_t used = 0;    // stamps: of the last use,
   uint64_t order = 0;   // of what ranks it while it is idle,
-  uint64_t begun = 0;   // of the start of service
   uint64_t queued = 0;  // grows toward the queue's tail
   uint32_t tenant = 0;
   Conversation next_of_name = kNoConversation;

@@ -156,10 +156,12 @@ bool Directory::IsIdle(const Block& block, Tier tier) {
 
 void Directory::Change(Block* block, Tier tier, const auto& change) {
   const bool followed = CountsAsFollower(*block, tier), idle = IsIdle(*block, tier);
+  const bool leaving = block->copy(tier).leaving;
   if (block->copy(tier).listed) Delist(block, tier);
   change(&block->copy(tier));
   num_idle_[Index(tier)] += IsIdle(*block, tier) - idle;
-  Enlist(block, tier, End::kBack);
+  // One that was leaving and is not any more was the first to go, and is so again.
+  Enlist(block, tier, leaving ? End::kFront : End::kBack);
   const int more = CountsAsFollower(*block, tier) - followed;
   if (more != 0) CountFollower(*block, tier, more);
 }

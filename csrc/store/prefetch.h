@@ -4,8 +4,8 @@
 #include <deque>
 #include <unordered_set>
 
-#include "csrc/store/evict.h"
 #include "csrc/store/conversations.h"
+#include "csrc/store/evict.h"
 #include "csrc/store/preload.h"
 
 namespace cachedattn {

@@ -43,8 +43,8 @@ bool WriteBehind::MustDemote(Block* block) {
   if (tiers_->ssd == nullptr || !tiers_->ssd_on) return false;
   if (NeverWritten(*block) || !block->absent(Tier::kSsd)) return false;
   if (policy_->over(block->owner)) return false;
-  // The turn under way will save it again.
-  if (policy_->options().drop_in_service && block->copy(Tier::kDevice).pins > 0) return false;
+  // A turn under way has it on the device, and will save it if it is the only one.
+  if (block->copy(Tier::kDevice).pins > 0) return false;
   Block* victim = nullptr;
   const bool worth = HasSsdRoom(*block, &victim);
   if (worth) Queue(block);
@@ -137,8 +137,9 @@ void WriteBehind::OnDone(const SsdCompletion& done) {
   in_flight_.erase(it);
   num_late_ -= write.late;
   const BlockRef block = write.source.block();
-  directory_->SetLeaving(block.get(), Tier::kDram, false);
   trace_->Add(TraceKind::kWriteEnd, 0, 0, tiers_->layout.num_layers, write.source.slot());
+  write.source.Release();
+  directory_->SetLeaving(block.get(), Tier::kDram, false);  // and now it goes first
   if (done.status.ok()) {
     directory_->FinishFill(std::move(write.transfer));
     directory_->DropReplaced(block.get(), /*on_ssd=*/true);

@@ -94,17 +94,22 @@ TEST_P(PolicyTest, ThePlacesFollowEachOther) {
   policy_->SetLease(ids[10], 9 * kSecond);
   policy_->SetLease(ids[11], 8 * kSecond);
   const Order order = Drain();
-  EXPECT_EQ(Order(order.begin(), order.begin() + 2), (Order{ids[1], ids[0]}));
+  const auto part = [&](size_t from, size_t to) {
+    Order some;
+    for (size_t i = from; i < to; ++i) some.push_back(order[i]);
+    return some;
+  };
+  EXPECT_EQ(part(0, 2), (Order{ids[1], ids[0]}));
+  EXPECT_EQ(part(10, 12), (Order{ids[11], ids[10]}));
   if (queue_protects()) {
-    EXPECT_EQ(Order(order.begin() + 6, order.end()),
-              (Order{ids[7], ids[6], ids[8], ids[9], ids[11], ids[10]}));
-  } else {
-    EXPECT_EQ(
-        Order(order.begin() + 2, order.end()),
-        (Order{ids[2], ids[3], ids[8], ids[9], ids[5], ids[4], ids[7], ids[6], ids[11], ids[10]}));
+    EXPECT_EQ(part(8, 10), (Order{ids[8], ids[9]}));
   }
   if (Is(PolicyKind::kLookahead)) {
-    EXPECT_EQ(Order(order.begin() + 2, order.begin() + 6), (Order{ids[2], ids[3], ids[5], ids[4]}));
+    EXPECT_EQ(part(2, 8), (Order{ids[2], ids[3], ids[7], ids[6], ids[5], ids[4]}));
+  } else if (Is(PolicyKind::kLru)) {
+    EXPECT_EQ(part(2, 10), (Order{ids[2], ids[3], ids[8], ids[9], ids[7], ids[6], ids[5], ids[4]}));
+  } else if (Is(PolicyKind::kFifo)) {
+    EXPECT_EQ(part(2, 10), (Order{ids[2], ids[3], ids[6], ids[7], ids[8], ids[9], ids[5], ids[4]}));
   }
 }
 

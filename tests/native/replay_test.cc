@@ -173,8 +173,8 @@ TEST(ReplayTest, TimesOfTheSsd) {
   const ReplayResult result = PlayOk(tree, schedule, options);
   EXPECT_EQ(result.hit_tokens, (std::vector<uint32_t>{0, 0, 4 * kBlock, 4 * kBlock}));
   EXPECT_EQ(result.dram_tokens[2], 2 * kBlock);
-  EXPECT_NEAR(result.load_s[2], 2 * 0.016, 1e-6);
-  EXPECT_EQ(result.ssd_bytes_written, 12u * kBlock * 1000);
+  EXPECT_NEAR(result.load_s[2], 4 * 0.016, 1e-6) << "two writes make the room for two reads";
+  EXPECT_LE(result.ssd_bytes_written, 12u * kBlock * 1000) << "no block more than once";
   EXPECT_EQ(result.without_history, 0u);
   // With the queue known, what waits is in DRAM when its turn comes.
   options.policy = "lookahead";
@@ -248,7 +248,7 @@ TEST(ReplayTest, RefusesWhatIsNoStore) {
   const Schedule schedule = OneSlot(two.workload);
   ReplayOptions options{.policy = "belady", .dram_bytes = 1 << 30, .token_bytes = 1000};
   EXPECT_EQ(Replay(tree, schedule, options).status().message(),
-            "policy: 'belady' is none of lookahead, lru, fifo");
+            "policy: 'belady' is none of lookahead, hazard, lru, fifo");
   options.policy = "lru";
   options.dram_bytes = 1;
   EXPECT_EQ(Replay(tree, schedule, options).status().code(), Code::kInvalidArgument);

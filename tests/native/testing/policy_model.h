@@ -26,7 +26,7 @@ class PolicyModel {
     int holders = 0, in_service = 0, turns = 0;
     bool ghost = false, teaches = false;
     int place_in_queue = -1;
-    uint64_t begun = 0, used = 0, order = 0;
+    uint64_t used = 0, order = 0;
     int64_t idle_since = 0, ttl = 0;
     std::optional<int64_t> over, lease_end, back, lapse;
     int gap = 0;
@@ -98,7 +98,6 @@ class PolicyModel {
       if (places.count(id) > 0) continue;
       Talk& talk = talks_[id];
       talk.place_in_queue = -1;
-      if (!talk.busy()) StartIdle(&talk, false);
       Release(id);
     }
   }
@@ -107,9 +106,10 @@ class PolicyModel {
     Talk& talk = talks_[id];
     ++talk.holders;
     if (!talk.busy()) Return(&talk);
+    if (talk.over && learns()) StartIdle(&talk, false);
     talk.over = talk.back = talk.lapse = std::nullopt;
     talk.used = ++stamp_;
-    if (talk.in_service++ == 0) talk.begun = stamp_;
+    ++talk.in_service;
     if (by_use()) talk.order = stamp_;
   }
   void End(Conversation id, const TurnEnd* turn) {
@@ -125,7 +125,7 @@ class PolicyModel {
         talk.gap = 1;
       }
     }
-    if (!talk.busy()) StartIdle(&talk, turn != nullptr);
+    StartIdle(&talk, turn != nullptr && !talk.busy());
     Release(id);
   }
   void SetOver(Conversation id) {
@@ -160,13 +160,13 @@ class PolicyModel {
                        !(options_.kind == PolicyKind::kLru || options_.kind == PolicyKind::kFifo);
     if (talk.lease_end) return {6, Seconds(*talk.lease_end)};
     if (talk.place_in_queue >= 0 && queue) return {5, -talk.place_in_queue};
-    if (talk.in_service > 0) {
-      return {options_.drop_in_service && tier == Tier::kDram ? 1 : 4,
-              static_cast<double>(talk.begun)};
-    }
     if (talk.over) return {0, Seconds(*talk.over)};
+    const auto use = static_cast<double>(by_use ? talk.used : talk.order);
+    if (talk.in_service > 0) {
+      return {options_.drop_in_service && tier == Tier::kDram ? 1 : 2, use};
+    }
     if (talk.back) return {3, -Seconds(*talk.back)};
-    return {2, static_cast<double>(by_use ? talk.used : talk.order)};
+    return {2, use};
   }
   // Surely before: nothing that rounding could turn. `strict`: but never later.
   bool GoesBefore(Conversation a, Conversation b, Tier tier) {
@@ -238,13 +238,14 @@ class PolicyModel {
     while (bin + 1 < kBins && now() - talk.idle_since >= Edge(bin + 1)) ++bin;
     return bin;
   }
+  static bool promised(const Talk& talk) { return talk.back && talk.in_service == 0; }
   bool SameCell(Conversation a, Conversation b) {
     const Talk &x = talks_[a], &y = talks_[b];
-    return !x.back && !y.back && x.turn_class == y.turn_class && BinOf(x) == BinOf(y);
+    return !promised(x) && !promised(y) && x.turn_class == y.turn_class && BinOf(x) == BinOf(y);
   }
   double Value(Conversation id) {
     const Talk& talk = talks_[id];
-    if (!talk.back) return index_.at(talk.turn_class)[BinOf(talk)];
+    if (!promised(talk)) return index_.at(talk.turn_class)[BinOf(talk)];
     return 1 / std::max(Seconds(*talk.back - now()), 1e-9) / Tokens(kNoTurn);
   }
 
