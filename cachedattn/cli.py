@@ -176,7 +176,13 @@ def replay(
     trace: Annotated[
         Path, typer.Argument(help="JSON lines, plain or gzip; '-' reads standard input.")
     ],
-    policy: Annotated[str, typer.Option(help="Policies with commas: see below")] = "lookahead,lru",
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Policies with commas: lookahead, hazard, lru, fifo, each with any of +ended (told "
+            "of last turns), +in-service (DRAM drops running ones first), +whole, +per-token."
+        ),
+    ] = "hazard,lookahead,lru",
     capacity: Annotated[
         str,
         typer.Option(help="Sizes with commas: percent of the trace's KV, or '4.4TB'."),
@@ -188,12 +194,14 @@ def replay(
         str | None, typer.Option(help="Size of the SSD tier, with --dram, in place of --capacity.")
     ] = None,
     load: Annotated[
-        str | None, typer.Option(help="Loads with commas: work offered per slot.")
+        str | None, typer.Option(help="Loads with commas: work offered per slot. Default: 0.95.")
     ] = None,
     turns_per_second: Annotated[
         float | None, typer.Option(min=1e-6, help="Of all slots when busy, in place of a load.")
     ] = None,
-    slots: Annotated[int | None, typer.Option(min=1, help="Turns that run at one time.")] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Turns that run at one time. Default: 24.")
+    ] = None,
     window: Annotated[
         int | None, typer.Option(min=0, help="Context in tokens; its oldest half is dropped.")
     ] = None,

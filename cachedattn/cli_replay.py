@@ -16,7 +16,7 @@ from rich.table import Table
 from cachedattn import _core
 from cachedattn.cli_common import progress_bar
 from cachedattn.config import parse_size
-from cachedattn.replay import KV_BYTES, Cell, Hardware, Replayer, Server, play_all, server_for
+from cachedattn.replay import KV_BYTES, Cell, Hardware, Replayer, Server, play_all
 from cachedattn.trace import Trace, draw_sessions, read_trace
 
 
@@ -118,8 +118,8 @@ def hardware_of(args: ReplayArgs) -> Hardware:
 
 
 def server_of(args: ReplayArgs) -> Server:
-    """The server that suits the trace, as far as no option says otherwise."""
-    server = server_for(str(args.trace))
+    """The server that the options describe."""
+    server = Server()
     if args.slots is not None:
         server = replace(server, slots=args.slots)
     if args.window is not None:

@@ -38,20 +38,6 @@ class Server:
     window: int = 0  # tokens of context, the oldest half goes at overflow; 0: none
 
 
-# What is known to suit the traces that the project was measured on, by a part of their names.
-SERVERS = {
-    "mooncake": Server(slots=40),
-    "agent-coding": Server(slots=20),
-    "companion": Server(slots=4, load=0.8),
-    "sharegpt": Server(slots=24, turns_per_second=2.2, window=4096),
-}
-
-
-def server_for(name: str) -> Server:
-    """The server that suits the trace called `name`."""
-    return next((server for part, server in SERVERS.items() if part in name), Server())
-
-
 @dataclass(frozen=True)
 class Hardware:
     """Modelled devices; bytes and seconds are those of the real model's KV."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cachedattn import cli, replay
+from cachedattn import cli
 from cachedattn.replay import Cell, Hardware, Replayer, Server
 from cachedattn.trace import draw_sessions, read_trace
 
@@ -170,7 +170,7 @@ def test_command_with_two_tiers(two: Path) -> None:
     sizes = ("--dram", "96kB", "--capacity", "1MB", "--ssd-read", "1MB", "--ssd-write", "1MB")
     (row,) = rows(two, *sizes, "--policy", "lru", "--granularity", "1", "--model", str(KV))
     assert row["of_ideal"] == 1 and 0 < row["dram_share"] < 1
-    assert row["ssd_wait_s"] > 0 and row["bytes_written"] >= 12 * 16 * KV
+    assert row["ssd_wait_s"] > 0 and 0 < row["bytes_written"] <= 12 * 16 * KV
     assert row["ssd"] == 1_000_000 - 96_000
 
 
@@ -188,7 +188,7 @@ def test_command_prints_a_table(two: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "args,message",
     [
-        (["--policy", "belady"], "'belady' is none of lookahead, lru, fifo"),
+        (["--policy", "belady"], "'belady' is none of lookahead, hazard, lru, fifo"),
         (["--capacity", "x%"], "'x%' is not a percentage"),
         (["--capacity", "2 apples"], "not a size"),
         (["--load", "much"], "is not a list of numbers"),
@@ -227,8 +227,3 @@ def test_a_replay_can_be_given_up(two: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         replayer.play(Cell("lru", 0.0, 10**6, 0), stop)
-
-
-def test_servers_by_name() -> None:
-    assert replay.server_for("traces/mooncake-conversation/trace.jsonl.gz").slots == 40
-    assert replay.server_for("other") == Server()

@@ -72,7 +72,7 @@ class Records {
   }
 
  private:
-  static constexpr uint32_t kChunk = 4096;
+  static constexpr uint32_t kChunk = 512;
 
   std::vector<std::unique_ptr<Record[]>> chunks_;
   uint32_t end_ = 0;

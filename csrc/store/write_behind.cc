@@ -129,8 +129,7 @@ void WriteBehind::OnDone(const SsdCompletion& done) {
   CA_CHECK(it != in_flight_.end());
   if (done.late) {
     it->second.late = true;
-    ++num_late_;
-    directory_->SetLeaving(it->second.source.block().get(), Tier::kDram, false);
+    ++num_late_;  // it goes on leaving: those before it must not be held by a disk that hangs
     return;
   }
   Write write = std::move(it->second);
