@@ -179,8 +179,9 @@ def replay(
     policy: Annotated[
         str,
         typer.Option(
-            help="Policies with commas: lookahead, hazard, lru, fifo, each with any of +ended (told "
-            "of last turns), +in-service (DRAM drops running ones first), +whole, +per-token."
+            help="Policies with commas: lookahead, hazard, lru, fifo, each with any of +ended "
+            "(told of last turns), +in-service (DRAM drops running ones first), +whole, "
+            "+per-token."
         ),
     ] = "hazard,lookahead,lru",
     capacity: Annotated[
