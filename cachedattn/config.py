@@ -35,6 +35,8 @@ class StoreConfig:
 
     dram: running sequences included. ssd: 0 for no SSD tier, else `path` is its directory.
     device: 0 on a CPU, whose block tables point at DRAM; else the emulated device pool.
+    policy: what is kept longest. 'lookahead': what waits, then what was used last; 'hazard': what
+    waits, then what is likeliest to be used soon, as learnt; 'lru'; 'fifo'.
     tenant_quota: what one tenant's KV takes at most of DRAM, and of SSD; 0 for no limit. Running
     requests count, but are not refused.
     encrypt: file with a master key (`cachedattn keygen`); the SSD tier is encrypted under it.
