@@ -71,8 +71,7 @@ class Ranking {
 template <typename Visit>
 void Ranking::Check(const Visit& visit) const {
   size_t num_strays = 0;
-  for (size_t i = 0; i < cells_.size(); ++i) {
-    const auto cell = static_cast<CellId>(i);
+  for (const CellId cell : order_->cell_at) {
     const uint16_t position = order_->position_of[cell];
     const bool marked =
         position != CellOrder::kUnused && (occupied_[position / 64] >> (position % 64) & 1) != 0;
