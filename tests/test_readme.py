@@ -25,7 +25,7 @@ COMMANDS = [
 def test_there_are_examples() -> None:
     assert set(EXAMPLES) == {"engine", "ops"}
     assert README.count("```python") == len(EXAMPLES)
-    commands = {"demo", "chat", "inspect", "check", "keygen", "erase", "bench"}
+    commands = {"demo", "chat", "inspect", "check", "keygen", "erase", "bench", "replay"}
     assert {words[1] for words in COMMANDS} == commands
 
 
@@ -58,6 +58,8 @@ def test_store_commands_run(
     """The ones that take no model of their own, on a store that the README's chat made."""
     monkeypatch.chdir(tmp_path)
     model = save_chat_model(tmp_path / "tiny")
+    turns = (f'{{"t":0,"s":{i},"k":1,"p":-1,"in":2000,"out":2000}}\n' for i in range(30))
+    (tmp_path / "TRACE.jsonl.gz").write_text("".join(turns))  # plain lines will do, too
     for words in COMMANDS:
         if words[1] in ("demo", "bench", "erase"):  # too long, or for an encrypted store
             continue

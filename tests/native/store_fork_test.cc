@@ -55,7 +55,7 @@ INSTANTIATE_TEST_SUITE_P(Engines, StoreForkTest,
 TEST_P(StoreForkTest, TheParentGoesOn) {
   TempDir dir;
   StoreOptions options = TinyOptions({24, 64, 0}, dir / "kv");
-  options.dram_reserve = 0.3;  // so that blocks are on their way to the disk at any time
+  options.dram_reserve = 0.5;  // so that blocks are on their way to the disk at any time
   options.io = GetParam();
   auto store = MustOpenStore(options);
   Ledger ledger(options.identity);
@@ -69,6 +69,7 @@ TEST_P(StoreForkTest, TheParentGoesOn) {
     auto turn = std::make_unique<Turn>(store.get(), tokens, Ledger::TruncationOf(play.conversation),
                                        Ledger::kTenant);
     while (!turn->Begin()) ASSERT_TRUE(store->Drain());  // its own writes make the room
+    for (int i = 0; i < 3 && store->stats().writes_in_flight == 0; ++i) store->Poll();
     if (turn->sequence()->loading() || store->stats().writes_in_flight > 0) {
       ++forks;
       reading += store->stats().reads_in_flight > 0;
