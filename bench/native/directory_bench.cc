@@ -3,8 +3,7 @@
 //
 //   directory_bench               the table
 //   directory_bench DIR BLOCKS    a real file of so many small blocks in DIR: time to open it after
-//   a
-//                                 crash (every header is read) and after a clean close (the index)
+//                                 a crash (every header is read) and a clean close (the index)
 #include <malloc.h>
 #include <sys/resource.h>
 #include <time.h>

@@ -1,8 +1,7 @@
 // Policy: which conversation loses its deepest block next, in each tier (design D6).
 //
-//   kHazard     the conversation that is worth least per second of keeping it, by what the store
-//   has
-//               seen of conversations like it (hazard.h); below what the queue wants
+//   kHazard     the conversation that is worth least per second of keeping it, by what was seen
+//               of conversations like it (hazard.h); below what the queue wants
 //   kLookahead  least recently used turn first; what waiting requests need goes last, and from the
 //               queue's tail first (CachedAttention, section 3.3)
 //   kLru        least recently used turn first

@@ -2,7 +2,7 @@
 //
 // One control thread (design D8): every call below belongs to the thread that opened the store.
 // I/O and copies run elsewhere; their completions take effect in Poll, WaitLayer and Flush. Only
-// WaitLayer, Flush and Close block.
+// WaitLayer, Drain, Flush, DropTier and Close block.
 //
 // A turn: NewChain (tokens -> block keys), SetQueue while it waits, Begin (pins the history,
 // starts loads), then per step Reserve -> for each layer WaitLayer, compute, LayerDone -> Append,
