@@ -40,10 +40,13 @@ void Evictor::Evict(Tier tier, Block* block) {
 }
 
 bool Evictor::KeepQuota(Tier tier, uint32_t tenant, uint32_t more) {
-  while (!tiers_->slots(tier)->WithinQuota(tenant, more)) {
-    Block* block = Next(tier, tenant);
+  const SlotPool& slots = *tiers_->slots(tier);
+  for (uint32_t num_queued = 0; !slots.WithinQuota(tenant, more);) {
+    // Writes that make the room are queued for no more copies than are too many.
+    const uint64_t excess = uint64_t{slots.num_used(tenant)} + more - slots.quota();
+    Block* block = num_queued < excess ? Next(tier, tenant) : nullptr;
     if (block == nullptr) return false;
-    TryEvict(tier, block);
+    if (!TryEvict(tier, block)) ++num_queued;
   }
   return true;
 }
