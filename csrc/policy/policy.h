@@ -109,10 +109,9 @@ class CA_API Policy {
   virtual bool GoesBefore(Tier tier, Conversation a, Conversation b) = 0;
   // Grows with every turn that begins or ends.
   virtual uint64_t last_use(Conversation conversation) const = 0;
-  // Is it over, waiting, at work?
+  // Is it over, or waiting?
   virtual bool over(Conversation conversation) const = 0;
   virtual bool waiting(Conversation conversation) const = 0;
-  virtual bool in_service(Conversation conversation) const = 0;
 
   // Restores the order of use of what an earlier process left behind: oldest first, once, before
   // anything else is known of them.

@@ -45,7 +45,6 @@ class PolicyImpl final : public Policy {
   uint64_t last_use(Conversation id) const override { return Live(id).used; }
   bool over(Conversation id) const override { return Live(id).over; }
   bool waiting(Conversation id) const override { return Live(id).waiting(); }
-  bool in_service(Conversation id) const override { return Live(id).in_service > 0; }
   void Restored(Conversation id) override;
   uint64_t num_conversations() const override { return num_held_; }
   uint64_t bytes() const override;

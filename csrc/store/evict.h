@@ -18,8 +18,8 @@ class Evictor {
   // lost only with `lose_unsaved`, else its write is queued.
   bool MakeRoom(Tier tier, uint32_t n, bool lose_unsaved, uint32_t tenant);
 
-  // Drops copies of `tenant`, the first to go first, until `more` slots are within its quota. False:
-  // none may go now, or those that do are written first.
+  // Drops copies of `tenant`, the first to go first, until `more` slots are within its quota.
+  // False: none may go now, or those that do are written first.
   bool KeepQuota(Tier tier, uint32_t tenant, uint32_t more);
 
   // Keeps the reserve of free DRAM slots: drops what SSD has or does not want, queues writes of the

@@ -170,7 +170,7 @@ class Player {
     const Conversation a = Any(), b = Any();
     const auto tier = static_cast<Tier>(Draw(kNumTiers));
     ASSERT_EQ(engine_.waiting(a), talks[a].place_in_queue >= 0);
-    ASSERT_EQ(engine_.in_service(a), talks[a].in_service > 0);
+    ASSERT_EQ(engine_.record(a).in_service > 0, talks[a].in_service > 0);
     ASSERT_FALSE(engine_.GoesBefore(tier, a, a));
     if (model_.MayTie(a, b, tier)) return;
     ASSERT_EQ(engine_.GoesBefore(tier, a, b), model_.GoesBefore(a, b, tier));
