@@ -271,6 +271,27 @@ def ttft(
     raise typer.Exit(run_ttft(lengths, new, repeats, model, dtype, threads, as_json))
 
 
+@bench_app.command()
+def timeline(
+    history: Annotated[int, typer.Option(min=1, help="Tokens of the history.")] = 6000,
+    new: Annotated[int, typer.Option(min=1, help="New tokens.")] = 64,
+    device: Annotated[
+        bool, typer.Option(help="With a device pool (emulated): DRAM -> device moves too.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Where to, without the suffix.")] = Path("timeline"),
+    model: Model = None,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+) -> None:
+    """One turn from a cold SSD as a chart: what computed and what moved, and when.
+
+    Writes a Chrome trace (OUTPUT.json) and a picture (OUTPUT.png).
+    """
+    from cachedattn.timeline import run_timeline
+
+    raise typer.Exit(run_timeline(history, new, device, output, model, dtype, threads))
+
+
 def user_error_text(error: Exception) -> str | None:
     """The message for an error that bad input or the machine's state causes; None for a bug."""
     if isinstance(error, ModuleNotFoundError):
