@@ -50,6 +50,9 @@ class TraceEvent:
     first_layer: int
     num_layers: int
     slot: int
+    tier: str  # of 'evict': that of the copy
+    block: int  # the first bytes of its key; 0: none, or not known yet
+    num_tokens: int  # of the block
 
 class AttentionStore:
     def __init__(
@@ -170,6 +173,7 @@ class Replay:
         self,
         *,
         policy: str,
+        device_bytes: int,  # 0: room for the running turns, which leave it as they end
         dram_bytes: int,
         ssd_bytes: int,
         token_bytes: int,  # of one token of the model
@@ -178,5 +182,6 @@ class Replay:
         ssd_write_bytes_s: float,
         ssd_latency_s: float,
         copy_bytes_s: float,  # 0: takes no time
+        events: bool = False,  # 'events' of the result is then the store's trace
         progress: Callable[[int], None] | None = None,  # what it raises ends the replay
     ) -> dict[str, Any]: ...

@@ -43,6 +43,7 @@ class Hardware:
     """Modelled devices; bytes and seconds are those of the real model's KV."""
 
     token_bytes: int = KV_BYTES["llama-13b"]
+    device: int = 0  # bytes of KV; 0: room for the running turns, which leave it as they end
     ssd_read: float = 5e9  # bytes a second
     ssd_write: float = 3e9
     ssd_latency_s: float = 100e-6
@@ -125,12 +126,14 @@ class Replayer:
             self.optima[key] = schedule.optimum(tokens)
         return self.optima[key]
 
-    def play(self, cell: Cell, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
-        """Plays one cell: its parameters and what was measured."""
-        schedule = self.schedule(cell.load)
+    def simulate(
+        self, cell: Cell, progress: Callable[[int], None] | None = None, events: bool = False
+    ) -> dict[str, Any]:
+        """Plays one cell, turn by turn: as `_core.Replay.play`."""
         hardware = self.hardware
-        result = schedule.play(
+        return self.schedule(cell.load).play(
             policy=cell.policy,
+            device_bytes=hardware.device,
             dram_bytes=cell.dram,
             ssd_bytes=cell.ssd,
             token_bytes=hardware.token_bytes,
@@ -139,8 +142,14 @@ class Replayer:
             ssd_write_bytes_s=hardware.ssd_write,
             ssd_latency_s=hardware.ssd_latency_s,
             copy_bytes_s=hardware.copy,
+            events=events,
             progress=progress,
         )
+
+    def play(self, cell: Cell, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+        """Plays one cell: its parameters and what was measured."""
+        schedule = self.schedule(cell.load)
+        result = self.simulate(cell, progress)
         best = self.found(schedule, self.optimum(cell.load, cell.capacity))
         return {
             "policy": cell.policy,

@@ -36,9 +36,7 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """The next step's work, with slots reserved; empty when nothing waits or runs."""
-        if self._queue_changed:
-            self.store.set_queue([request.chain for request in self.waiting])
-            self._queue_changed = False
+        self._publish_queue()
         budget = self.max_step_tokens
         work: list[Work] = []
         started = list(self.running)
@@ -55,6 +53,7 @@ class Scheduler:
                 break
             budget -= num_tokens
             work.append((self.running[-1], num_tokens))
+        self._publish_queue()  # what has begun does not wait any more
         return work
 
     def retry(self, request: Request) -> None:
@@ -74,6 +73,11 @@ class Scheduler:
         elif request.state is RequestState.WAITING:
             self.waiting.remove(request)
             self._queue_changed = True
+
+    def _publish_queue(self) -> None:
+        if self._queue_changed:
+            self.store.set_queue([request.chain for request in self.waiting])
+            self._queue_changed = False
 
     def _make_chain(self, request: Request) -> None:
         request.chain = self.store.new_chain(

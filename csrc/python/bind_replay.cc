@@ -70,17 +70,19 @@ std::unique_ptr<PyReplay> NewReplay(const Column<int32_t>& parent, const Column<
   return out;
 }
 
-py::dict Play(const PyReplay& self, const std::string& policy, uint64_t dram_bytes,
-              uint64_t ssd_bytes, uint64_t token_bytes, double dram_reserve,
+py::dict Play(const PyReplay& self, const std::string& policy, uint64_t device_bytes,
+              uint64_t dram_bytes, uint64_t ssd_bytes, uint64_t token_bytes, double dram_reserve,
               double ssd_read_bytes_s, double ssd_write_bytes_s, double ssd_latency_s,
-              double copy_bytes_s, const py::object& progress) {
+              double copy_bytes_s, bool events, const py::object& progress) {
   ReplayOptions options{.policy = policy,
+                        .device_bytes = device_bytes,
                         .dram_bytes = dram_bytes,
                         .ssd_bytes = ssd_bytes,
                         .token_bytes = token_bytes,
                         .dram_reserve = dram_reserve,
                         .ssd = {ssd_read_bytes_s, ssd_write_bytes_s, ssd_latency_s},
-                        .copy_bytes_s = copy_bytes_s};
+                        .copy_bytes_s = copy_bytes_s,
+                        .events = events};
   std::exception_ptr error;  // of `progress`
   options.progress = [&](size_t done) {
     const py::gil_scoped_acquire acquire;
@@ -103,13 +105,16 @@ py::dict Play(const PyReplay& self, const std::string& policy, uint64_t dram_byt
   py::dict out;
   out["hit_tokens"] = ToArray(result.hit_tokens);
   out["dram_tokens"] = ToArray(result.dram_tokens);
+  out["device_tokens"] = ToArray(result.device_tokens);
   out["load_s"] = ToArray(result.load_s);
   out["ssd_bytes_read"] = result.ssd_bytes_read;
   out["ssd_bytes_written"] = result.ssd_bytes_written;
+  out["device_evictions"] = result.device_evictions;
   out["dram_evictions"] = result.dram_evictions;
   out["ssd_evictions"] = result.ssd_evictions;
   out["without_history"] = result.without_history;
   out["not_saved"] = result.not_saved;
+  out["events"] = py::cast(result.events);
   return out;
 }
 
@@ -150,10 +155,11 @@ void BindReplay(py::module_& module) {
             return ToArray(hits);
           },
           py::arg("capacity"))
-      .def("play", &Play, py::kw_only(), py::arg("policy"), py::arg("dram_bytes"),
-           py::arg("ssd_bytes"), py::arg("token_bytes"), py::arg("dram_reserve"),
-           py::arg("ssd_read_bytes_s"), py::arg("ssd_write_bytes_s"), py::arg("ssd_latency_s"),
-           py::arg("copy_bytes_s"), py::arg("progress") = py::none());
+      .def("play", &Play, py::kw_only(), py::arg("policy"), py::arg("device_bytes"),
+           py::arg("dram_bytes"), py::arg("ssd_bytes"), py::arg("token_bytes"),
+           py::arg("dram_reserve"), py::arg("ssd_read_bytes_s"), py::arg("ssd_write_bytes_s"),
+           py::arg("ssd_latency_s"), py::arg("copy_bytes_s"), py::arg("events") = false,
+           py::arg("progress") = py::none());
 }
 
 }  // namespace cachedattn

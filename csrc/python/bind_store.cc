@@ -17,7 +17,8 @@ namespace {
 // In the order of TraceKind.
 constexpr const char* kTraceNames[] = {"read_start", "read_end", "load_start",  "load_end",
                                        "save_start", "save_end", "write_start", "write_end",
-                                       "wait_start", "wait_end", "compute_end", "evict"};
+                                       "wait_start", "wait_end", "compute_end", "publish",
+                                       "evict"};
 static_assert(std::size(kTraceNames) == static_cast<size_t>(TraceKind::kEvict) + 1);
 
 py::array_t<TokenId> ToArray(std::span<const TokenId> values) {
@@ -224,7 +225,11 @@ void BindValues(py::module_& module) {
       .def_readonly("sequence", &TraceEvent::sequence)
       .def_readonly("first_layer", &TraceEvent::first_layer)
       .def_readonly("num_layers", &TraceEvent::num_layers)
-      .def_readonly("slot", &TraceEvent::slot);
+      .def_readonly("slot", &TraceEvent::slot)
+      .def_property_readonly(
+          "tier", [](const TraceEvent& self) { return kTierNames[static_cast<int>(self.tier)]; })
+      .def_readonly("block", &TraceEvent::block)
+      .def_readonly("num_tokens", &TraceEvent::num_tokens);
   py::class_<Chain, std::shared_ptr<Chain>>(module, "Chain")
       .def_property_readonly("num_tokens", &Chain::num_tokens)
       .def("append", [](Chain& self, const py::object& tokens) { self.Append(ToTokens(tokens)); })

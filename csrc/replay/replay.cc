@@ -58,11 +58,16 @@ class Player {
   void Start(uint32_t r);
   bool Begin(uint32_t r, uint32_t max_history);
   bool End(uint32_t r);
+  uint32_t StepEnd(uint32_t r, uint32_t first) const;
   Status Compute(uint32_t r);
+  void Settle();
   void PollDevices();
   void NoteLoads();
   int64_t NextDeviceNs() const {
     return std::min(ssd_ ? ssd_->next_ns() : kNever, copy_->next_ns());
+  }
+  void PublishQueue() {
+    if (std::exchange(queue_changed_, false)) store_->SetQueue(queue_.waiting());
   }
   void PlayMoment(int64_t now_ns);
 
@@ -105,6 +110,7 @@ Player::Player(const TokenTree& tree, const Schedule& schedule, const ReplayOpti
   for (const Request& request : workload_) ++sessions_[request.session].turns_left;
   result_.hit_tokens.resize(tree.size());
   result_.dram_tokens.resize(tree.size());
+  result_.device_tokens.resize(tree.size());
   result_.load_s.resize(tree.size());
 }
 
@@ -137,12 +143,14 @@ Status Player::Open() {
   if (Status status = SetPolicy(options_.policy, &store.policy, &tell_over_); !status.ok())
     return status;
   store.layout = kLayout;
-  store.keep_on_device = false;
+  store.keep_on_device = options_.device_bytes != 0;
   store.dram_reserve = options_.dram_reserve;
   store.dram_bytes = slots(options_.dram_bytes) * kLayout.host_slot_bytes();
   // Twice what can run: turns that ended may still wait to be saved.
   const uint64_t context = kLayout.num_blocks(tree_.max_context()) + 1;
-  store.device_bytes = 2 * (MaxRunning(schedule_) + 1) * context * kLayout.payload_bytes();
+  const uint64_t device_slots = store.keep_on_device ? slots(options_.device_bytes)
+                                                     : 2 * (MaxRunning(schedule_) + 1) * context;
+  store.device_bytes = device_slots * kLayout.payload_bytes();
   store.clock = &clock_;
   std::unique_ptr<ModelSsd> ssd;
   if (options_.ssd_bytes != 0) {
@@ -155,6 +163,7 @@ Status Player::Open() {
   auto opened = OpenStoreOn(store, std::move(ssd), std::move(copy));
   if (!opened.ok()) return opened.status();
   store_ = std::move(opened.value());
+  if (options_.events) store_->EnableTrace(true);
   return Status();
 }
 
@@ -190,8 +199,8 @@ bool Player::Begin(uint32_t r, uint32_t max_history) {
   }
   turns_[r].sequence = std::move(begun.value());
   const CachedTokens& cached = turns_[r].sequence->cached();
-  result_.dram_tokens[r] = cached.by_tier[static_cast<int>(Tier::kDevice)] +
-                           cached.by_tier[static_cast<int>(Tier::kDram)];
+  result_.device_tokens[r] = cached.by_tier[static_cast<int>(Tier::kDevice)];
+  result_.dram_tokens[r] = result_.device_tokens[r] + cached.by_tier[static_cast<int>(Tier::kDram)];
   result_.hit_tokens[r] = result_.dram_tokens[r] + cached.by_tier[static_cast<int>(Tier::kSsd)];
   if (turns_[r].sequence->loading()) loading_.push_back(r);
   return true;
@@ -206,16 +215,25 @@ void Player::NoteLoads() {
   });
 }
 
-// The turn's new tokens, prompt and answer, in as many steps as the window asks for.
+// Where the step ends that begins with token `first`: a prompt is one step, and an answer's tokens
+// matter to the store when they fill a block.
+uint32_t Player::StepEnd(uint32_t r, uint32_t first) const {
+  if (first < tree_.prompt(r)) return tree_.prompt(r);
+  constexpr uint32_t kSize = TokenTree::kBlockSize;
+  return std::min(tree_.total(r), first / kSize * kSize + kSize);
+}
+
+// The turn's new tokens. Between steps, what takes no time takes effect.
 Status Player::Compute(uint32_t r) {
   Sequence& sequence = *turns_[r].sequence;
   while (sequence.num_computed_tokens() < tree_.total(r)) {
     if (sequence.room() == 0) sequence.Truncate();
     const uint32_t first = sequence.num_computed_tokens();
-    const uint32_t tokens = std::min(tree_.total(r) - first, sequence.room());
+    const uint32_t tokens = std::min(StepEnd(r, first) - first, sequence.room());
     if (Status status = sequence.Reserve(tokens); !status.ok()) return status;
     sequence.LayerDone(0, tokens);
     sequence.Append(tree_.Tokens(r, first, first + tokens));
+    Settle();
   }
   return Status();
 }
@@ -251,10 +269,14 @@ bool Player::End(uint32_t r) {
 }
 
 // Lets what has ended by now take effect, also what that starts and what takes no time.
-void Player::PollDevices() {
+void Player::Settle() {
   do {
     store_->Poll();
   } while (NextDeviceNs() <= clock_.NowNs());
+}
+
+void Player::PollDevices() {
+  Settle();
   NoteLoads();
   std::erase_if(no_room_, [&](uint32_t r) { return Begin(r, UINT32_MAX); });
   std::erase_if(due_, [&](uint32_t r) { return End(r); });
@@ -269,14 +291,16 @@ void Player::PlayMoment(int64_t now_ns) {
   while (due(schedule_.by_completion, next_completion_, schedule_.completion)) {
     const uint32_t r = schedule_.by_completion[next_completion_++];
     if (!End(r)) due_.push_back(r);
+    Settle();
   }
   while (due(schedule_.by_arrival, next_arrival_, schedule_.arrival)) {
     Arrive(schedule_.by_arrival[next_arrival_++]);
   }
+  PublishQueue();
   while (due(schedule_.by_arrival, next_start_, schedule_.start)) {
     Start(schedule_.by_arrival[next_start_++]);
   }
-  if (std::exchange(queue_changed_, false)) store_->SetQueue(queue_.waiting());
+  PublishQueue();
   PollDevices();
 }
 
@@ -307,8 +331,10 @@ Result<ReplayResult> Player::Run() {
   const StoreStats stats = store_->stats();
   result_.ssd_bytes_read = stats.ssd_bytes_read;
   result_.ssd_bytes_written = stats.ssd_bytes_written;
+  result_.device_evictions = stats.evictions[static_cast<int>(Tier::kDevice)];
   result_.dram_evictions = stats.evictions[static_cast<int>(Tier::kDram)];
   result_.ssd_evictions = stats.evictions[static_cast<int>(Tier::kSsd)];
+  result_.events = store_->TakeTrace();
   return std::move(result_);
 }
 

@@ -2,9 +2,10 @@
 // modelled hardware. What is kept, prefetched and dropped is decided by the code that a live store
 // runs.
 //
-// The device tier holds the running turns alone (keep_on_device is false), so that DRAM and SSD are
-// the experiment. A turn begins at its scheduled start and ends at its scheduled completion, or as
-// soon after that as its history has been loaded.
+// Without a size the device tier holds the running turns alone (keep_on_device is false), so that
+// DRAM and SSD are the experiment. A turn begins at its scheduled start and ends at its scheduled
+// completion, or as soon after that as its history has been loaded; it is computed when it ends,
+// in the steps of the engine (cachedattn/scheduler.py).
 #pragma once
 
 #include <functional>
@@ -20,25 +21,28 @@ namespace cachedattn {
 
 struct ReplayOptions {
   std::string policy = "lookahead";
+  uint64_t device_bytes = 0;  // 0: room for the running turns, which leave it as they end
   uint64_t dram_bytes = 0;
   uint64_t ssd_bytes = 0;    // 0: no SSD tier
   uint64_t token_bytes = 0;  // K and V of one token of the model
   double dram_reserve = 0;
   SsdModel ssd = {};
   double copy_bytes_s = 0;  // DRAM <-> device, each way; 0: takes no time
+  bool events = false;      // the store's trace is wanted
   // Called with the number of requests that have ended. False: the replay is given up.
   std::function<bool(size_t done)> progress = {};
 };
 
 struct ReplayResult {
-  // By request. Tokens of the context that were found at its start, and of these those in DRAM or
-  // faster; seconds from its start until all of them were on the device.
-  std::vector<uint32_t> hit_tokens, dram_tokens;
+  // By request. Tokens of the context that were found at its start, of these those in DRAM or
+  // faster, and of these those on the device; seconds from its start until all of them were there.
+  std::vector<uint32_t> hit_tokens, dram_tokens, device_tokens;
   std::vector<double> load_s;
   uint64_t ssd_bytes_read = 0, ssd_bytes_written = 0;
-  uint64_t dram_evictions = 0, ssd_evictions = 0;  // blocks
+  uint64_t device_evictions = 0, dram_evictions = 0, ssd_evictions = 0;  // blocks
   uint64_t without_history = 0;  // turns that began without theirs: there was no room to load it
   uint64_t not_saved = 0;        // turns whose new tokens found no room at all
+  std::vector<TraceEvent> events;
 };
 
 // A policy from its name: lookahead, hazard, lru or fifo, then any of +ended (the store is told

@@ -84,7 +84,9 @@ enum class TraceKind : uint8_t {
   kWaitStart,
   kWaitEnd,
   kComputeEnd,
-  // A DRAM or SSD copy went away.
+  // A block became findable, for the first time or again.
+  kPublish,
+  // A copy made room.
   kEvict,
 };
 struct TraceEvent {
@@ -93,7 +95,11 @@ struct TraceEvent {
   uint64_t sequence = 0;  // 0: none
   uint32_t first_layer = 0;
   uint32_t num_layers = 0;
-  SlotId slot = kNoSlot;  // the source slot of a move
+  SlotId slot = kNoSlot;      // the source slot of a move
+  Tier tier = Tier::kDevice;  // of kEvict: that of the copy
+  // The first bytes of the block's key, and its tokens. 0: none, or not known yet (kSaveStart).
+  uint64_t block = 0;
+  uint32_t num_tokens = 0;
 };
 
 struct TierStats {

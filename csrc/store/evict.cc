@@ -33,7 +33,7 @@ bool Evictor::TryEvict(Tier tier, Block* block) {
 }
 
 void Evictor::Evict(Tier tier, Block* block) {
-  trace_->Add(TraceKind::kEvict, 0, 0, 0, block->copy(tier).slot.id());
+  trace_->AddEvict(*block, tier);
   ++num_evicted_[static_cast<int>(tier)];
   num_waiting_evicted_ += policy_->waiting(block->owner);
   directory_->Drop(block, tier);

@@ -144,7 +144,7 @@ void Preloader::Pump() {
     const KvLayout& layout = tiers_->layout;
     const Fill& fill = *piece.fill;
     const SlotId slot = fill.source.slot();
-    trace_->Add(TraceKind::kLoadStart, fill.sequence, piece.first_layer, 1, slot);
+    trace_->Add(TraceKind::kLoadStart, fill.sequence, piece.first_layer, 1, slot, fill.block.get());
     const uint64_t offset = layout.device_slice_offset(piece.first_layer);
     const CopyRequest request{.stream = CopyStream::kLoad,
                               .source = tiers_->dram->payload(slot) + offset,
@@ -167,7 +167,8 @@ void Preloader::StartReadPiece(Piece piece) {
   const Block& block = *fill.block;
   const SlotId slot = fill.source.slot();
   const BlockHeader header = directory_->HeaderOf(block);
-  trace_->Add(TraceKind::kReadStart, fill.sequence, piece.first_layer, piece.num_layers, slot);
+  trace_->Add(TraceKind::kReadStart, fill.sequence, piece.first_layer, piece.num_layers, slot,
+              &block);
   const uint64_t tag = next_tag_++;
   const uint32_t first_layer = piece.first_layer, num_layers = piece.num_layers;
   std::byte* const target = fill.target;
@@ -185,7 +186,7 @@ void Preloader::OnRead(const SsdCompletion& done) {
     --num_reads_in_flight_;
     read_bytes_in_flight_ -= it->second.num_layers * tiers_->layout.slice_stride();
     trace_->Add(TraceKind::kReadEnd, fill->sequence, it->second.first_layer, it->second.num_layers,
-                fill->source.slot());
+                fill->source.slot(), fill->block.get());
   }
   if (done.late) {
     it->second.late = true;
@@ -213,7 +214,7 @@ void Preloader::OnLoad(uint64_t tag) {
   const Piece& piece = node.mapped();
   --num_loads_in_flight_;
   trace_->Add(TraceKind::kLoadEnd, piece.fill->sequence, piece.first_layer, 1,
-              piece.fill->source.slot());
+              piece.fill->source.slot(), piece.fill->block.get());
   Landed(piece);
   EndPiece(piece);
 }

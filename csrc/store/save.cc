@@ -33,7 +33,8 @@ void Saver::Layer(const SaveRef& save, uint32_t layer) {
   save->started.set(layer);
   const KvLayout& layout = tiers_->layout;
   const uint64_t offset = layout.device_slice_offset(layer);
-  trace_->Add(TraceKind::kSaveStart, save->sequence, layer, 1, save->device_slot);
+  trace_->Add(TraceKind::kSaveStart, save->sequence, layer, 1, save->device_slot,
+              save->block.get());
   const CopyRequest request{.stream = CopyStream::kSave,
                             .source = tiers_->device->payload(save->device_slot) + offset,
                             .target = tiers_->dram->payload(save->target_id) + offset,
@@ -92,7 +93,8 @@ void Saver::OnCopy(uint64_t tag) {
   auto node = in_flight_.extract(tag);
   CA_CHECK(!node.empty());
   const Slice& slice = node.mapped();
-  trace_->Add(TraceKind::kSaveEnd, slice.save->sequence, slice.layer, 1, slice.save->device_slot);
+  trace_->Add(TraceKind::kSaveEnd, slice.save->sequence, slice.layer, 1, slice.save->device_slot,
+              slice.save->block.get());
   ++slice.save->num_landed;
   FinishIfLanded(slice.save.get());
 }

@@ -201,7 +201,7 @@ Status SequenceImpl::WaitLayer(uint32_t layer) {
   const MemoryReserve::Use use(&core_->memory);
   if (Status status = core_->CheckUsable(); !status.ok()) return status;
   CA_CHECK(layer < core_->options.layout.num_layers);
-  core_->trace.Add(TraceKind::kWaitStart, id_, layer, 1, kNoSlot);
+  core_->trace.Add(TraceKind::kWaitStart, id_, layer, 1, kNoSlot, nullptr);
   // Once without waiting: the next layers' reads start here, under this layer's compute.
   for (int64_t timeout_us = 0;; timeout_us = StoreCore::kWaitUs) {
     core_->Drive(timeout_us);
@@ -214,14 +214,14 @@ Status SequenceImpl::WaitLayer(uint32_t layer) {
     if (landed) break;
   }
   Settle();
-  core_->trace.Add(TraceKind::kWaitEnd, id_, layer, 1, kNoSlot);
+  core_->trace.Add(TraceKind::kWaitEnd, id_, layer, 1, kNoSlot, nullptr);
   return Status();
 }
 
 void SequenceImpl::LayerDone(uint32_t layer, uint32_t num_tokens) {
   const MemoryReserve::Use use(&core_->memory);
   if (!core_->usable()) return;
-  core_->trace.Add(TraceKind::kComputeEnd, id_, layer, 1, kNoSlot);
+  core_->trace.Add(TraceKind::kComputeEnd, id_, layer, 1, kNoSlot, nullptr);
   if (core_->tiers.pool_tier() == Tier::kDevice) {
     const uint32_t end = (context_len_ + num_tokens) / block_size_;
     for (uint32_t i = context_len_ / block_size_; i < end; ++i) {
@@ -256,6 +256,7 @@ BlockRef SequenceImpl::InsertBlock(const BlockKey& key, uint32_t position, uint3
   const BlockKey& parent = chain_->parent_key(index);
   BlockRef block =
       directory.Insert(tenant_, key, parent, num_tokens, index, follows(position), conversation_);
+  core_->trace.Add(TraceKind::kPublish, id_, 0, 0, kNoSlot, block.get());
   std::vector<BlockKey> replaced;
   for (const Block* partial : directory.partials(parent)) {
     const uint32_t shorter = partial->num_tokens;

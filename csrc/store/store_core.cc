@@ -208,11 +208,10 @@ void StoreCore::Drive(int64_t timeout_us) {
   }
   preloader.Pump();
   saver.Pump();
-  if (tiers.ssd != nullptr && tiers.ssd_on) {
-    if (memory.full()) prefetcher.Pump();
-    if (!preloader.reads_waiting()) writes.Pump();
-  }
+  const bool ssd = tiers.ssd != nullptr && tiers.ssd_on;
+  if (ssd && memory.full()) prefetcher.Pump();
   evictor.KeepReserve();
+  if (ssd && !preloader.reads_waiting()) writes.Pump();  // last: what the reserve asks for, too
 }
 
 void StoreCore::TakeCompletions(int64_t timeout_us) {

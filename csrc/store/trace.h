@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "csrc/store/attention_store.h"
+#include "csrc/store/block.h"
 
 namespace cachedattn {
 
@@ -24,15 +25,23 @@ class Trace {
     return taken;
   }
 
+  // `block`: nullptr for none.
   void Add(TraceKind kind, uint64_t sequence, uint32_t first_layer, uint32_t num_layers,
-           SlotId slot) {
+           SlotId slot, const Block* block, Tier tier = Tier::kDevice) {
     if (!on_ || events_.size() >= kMaxEvents) return;
     events_.push_back({.time_ns = clock_->NowNs(),
                        .kind = kind,
                        .sequence = sequence,
                        .first_layer = first_layer,
                        .num_layers = num_layers,
-                       .slot = slot});
+                       .slot = slot,
+                       .tier = tier,
+                       .block = block != nullptr ? DigestHash()(block->key) : 0,
+                       .num_tokens = block != nullptr ? block->num_tokens : 0});
+  }
+  // A copy of `block` in `tier` goes.
+  void AddEvict(const Block& block, Tier tier) {
+    Add(TraceKind::kEvict, 0, 0, 0, block.copy(tier).slot.id(), &block, tier);
   }
 
  private:

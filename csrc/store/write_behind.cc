@@ -89,7 +89,7 @@ Slot WriteBehind::TakeSsdSlot(const Block& incoming) {
   Block* victim = nullptr;
   if (!HasSsdRoom(incoming, &victim)) return Slot();
   if (victim != nullptr) {
-    trace_->Add(TraceKind::kEvict, 0, 0, 0, victim->copy(Tier::kSsd).slot.id());
+    trace_->AddEvict(*victim, Tier::kSsd);
     directory_->Drop(victim, Tier::kSsd);
     ++num_evicted_;
   }
@@ -118,7 +118,7 @@ void WriteBehind::Start(const BlockRef& block, Slot slot) {
   block->generation = ++generation_;
   const BlockHeader header = directory_->HeaderOf(*block);
   const SlotId dram_slot = write.source.slot();
-  trace_->Add(TraceKind::kWriteStart, 0, 0, tiers_->layout.num_layers, dram_slot);
+  trace_->Add(TraceKind::kWriteStart, 0, 0, tiers_->layout.num_layers, dram_slot, block.get());
   const uint64_t tag = next_tag_++;
   in_flight_.emplace(tag, std::move(write));
   tiers_->ssd->StartWrite(ssd_slot, header, tiers_->dram->slot(dram_slot), tag);
@@ -136,7 +136,8 @@ void WriteBehind::OnDone(const SsdCompletion& done) {
   in_flight_.erase(it);
   num_late_ -= write.late;
   const BlockRef block = write.source.block();
-  trace_->Add(TraceKind::kWriteEnd, 0, 0, tiers_->layout.num_layers, write.source.slot());
+  trace_->Add(TraceKind::kWriteEnd, 0, 0, tiers_->layout.num_layers, write.source.slot(),
+              block.get());
   write.source.Release();
   directory_->SetLeaving(block.get(), Tier::kDram, false);  // and now it goes first
   if (done.status.ok()) {
