@@ -73,7 +73,7 @@ class AttentionStore:
         master_key_file: str,  # '': not encrypted
         policy: str,  # 'lookahead', 'hazard', 'lru', 'fifo'
         dram_reserve: float,
-        io: str,  # 'auto', 'uring', 'threads'
+        io: str,  # 'auto', 'uring', 'threads', 'inline'
         io_depth: int,
         io_deadline_us: int,
         poison: bool,
@@ -181,6 +181,7 @@ class Replay:
         ssd_read_bytes_s: float,
         ssd_write_bytes_s: float,
         ssd_latency_s: float,
+        ssd_depth: int,  # operations that it is given at a time
         copy_bytes_s: float,  # 0: takes no time
         events: bool = False,  # 'events' of the result is then the store's trace
         progress: Callable[[int], None] | None = None,  # what it raises ends the replay

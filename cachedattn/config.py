@@ -40,6 +40,8 @@ class StoreConfig:
     tenant_quota: what one tenant's KV takes at most of DRAM, and of SSD; 0 for no limit. Running
     requests count, but are not refused.
     encrypt: file with a master key (`cachedattn keygen`); the SSD tier is encrypted under it.
+    io: 'inline' does I/O and copies in the calling thread, so that decisions do not hang on speed;
+    for tests, slow.
     io_deadline: seconds after which the disk is not waited for any more.
     debug_poison: free slots hold NaN, so that a stray read shows; for tests, slow.
     """
@@ -74,7 +76,7 @@ class StoreConfig:
             raise ValueError("encrypt needs ssd: DRAM is not encrypted")
         check_choice("block_size", self.block_size, (16, 32, 64, 128))
         check_choice("policy", self.policy, ("lookahead", "hazard", "lru", "fifo"))
-        check_choice("io", self.io, ("auto", "uring", "threads"))
+        check_choice("io", self.io, ("auto", "uring", "threads", "inline"))
         if not 0 <= self.dram_reserve < 1:
             raise ValueError(f"dram_reserve must be in [0, 1), not {self.dram_reserve}")
         if not 1 <= self.io_depth <= 4096:

@@ -47,6 +47,7 @@ class Hardware:
     ssd_read: float = 5e9  # bytes a second
     ssd_write: float = 3e9
     ssd_latency_s: float = 100e-6
+    ssd_depth: int = 4  # operations that it is given at a time
     copy: float = 0.0  # DRAM <-> device, bytes a second; 0: takes no time
 
 
@@ -141,6 +142,7 @@ class Replayer:
             ssd_read_bytes_s=hardware.ssd_read,
             ssd_write_bytes_s=hardware.ssd_write,
             ssd_latency_s=hardware.ssd_latency_s,
+            ssd_depth=hardware.ssd_depth,
             copy_bytes_s=hardware.copy,
             events=events,
             progress=progress,

@@ -43,7 +43,7 @@ class Played:
     """What one side did: hits by request, moves and evictions in order, totals."""
 
     hits: list[dict[str, int]]
-    events: dict[str, list[Any]]
+    turns: list[dict[str, list[Any]]]
     evictions: dict[str, int]
 
 
@@ -59,26 +59,47 @@ class Turn:
     cached: dict[str, int] = field(default_factory=dict)
 
 
-def by_kind(events: list[ca._core.TraceEvent]) -> dict[str, list[Any]]:
-    """What went along each arrow and out of each tier: blocks, by the order in which they were
-    first published, and their tokens."""
+def by_turn(events: list[ca._core.TraceEvent]) -> list[dict[str, list[Any]]]:
+    """What went along each arrow and out of each tier, from one turn's first step to the next's:
+    blocks, by the order in which they were first published, and their tokens.
+
+    Where the disk's order shows, the blocks are sorted: those that load as they are read, and those
+    that leave DRAM when they have been written.
+    """
     names: dict[int, int] = {0: -1}
-    out: dict[str, list[Any]] = {}
+    turns: list[dict[str, list[Any]]] = [{}]
+    sequence = 0
     for event in events:
-        if event.kind == "publish":
+        kind = event.kind
+        if kind == "compute_end" and event.sequence != sequence:
+            sequence = event.sequence
+            turns.append({})
+        if kind == "publish":
             names.setdefault(event.block, len(names))
-        starts = event.kind.endswith("_start") and event.kind != "wait_start"
-        if (starts and event.first_layer == 0) or event.kind in ("publish", "evict"):
-            kind = f"evict {event.tier}" if event.kind == "evict" else event.kind
-            out.setdefault(kind, []).append((names[event.block], event.num_tokens))
-    return out
+        block = (names[event.block], event.num_tokens)
+        if kind == "evict":
+            kind = f"evict {event.tier}"
+            if event.tier == "dram" and block in turns[-1].get("write_start", []):
+                kind = "evict written"
+        elif kind not in ("publish", "read_start", "write_start", "load_start", "save_start"):
+            continue
+        if event.first_layer == 0:
+            turns[-1].setdefault(kind, []).append(block)
+    for turn in turns:
+        for kind in ("load_start", "evict written"):
+            turn.get(kind, []).sort()
+    return turns
+
+
+def blocks(turns: list[dict[str, list[Any]]], kind: str) -> list[tuple[int, int]]:
+    """All of one kind."""
+    return [block for turn in turns for block in turn.get(kind, [])]
 
 
 def settle(store: ca.AttentionStore) -> None:
     """Waits until nothing is under way."""
     while store.drain() or store.stats()["reads_in_flight"]:
         store.poll()
-    store.check_invariants()
 
 
 class Live:
@@ -116,7 +137,7 @@ class Live:
         idle = [c for c in range(CONVERSATIONS) if c not in waiting]
         for c in self.rng.sample(idle, self.rng.randint(0, min(3, len(idle)))):
             prompt = self.prompt(c)
-            answer = self.rng.randint(1, 40)
+            answer = self.rng.randint(1, 24)
             if len(self.queue) == self.max_queue or len(prompt) + answer > self.max_tokens:
                 continue
             sampling = ca.SamplingParams(max_tokens=answer, ignore_eos=True)
@@ -140,14 +161,15 @@ class Live:
             while not turn.request.finished:
                 self.engine.step()
                 settle(store)
+            store.check_invariants()
             turn.tokens = turn.request.tokens[:-1]  # nothing has asked for the last one's KV
             turn.cached = turn.request.cached_from
             self.last[turn.conversation] = turn
         stats = store.stats()
-        events = by_kind(store.take_trace())
+        turns = by_turn(store.take_trace())
         assert stats["turns"] >= len(self.turns) and stats["failed_loads"] == 0
-        assert stats["ssd_bytes_written"] == SLOT * len(events.get("write_start", []))
-        return Played([turn.cached for turn in self.turns], events, stats["evictions"])
+        assert stats["ssd_bytes_written"] == SLOT * len(blocks(turns, "write_start"))
+        return Played([turn.cached for turn in self.turns], turns, stats["evictions"])
 
 
 def trace_of(turns: list[Turn]) -> Trace:
@@ -193,6 +215,7 @@ def simulate(trace: Trace, sizes: Sizes, policy: str, window: int) -> Played:
         ssd_read=1e30,
         ssd_write=1e30,
         ssd_latency_s=0.0,
+        ssd_depth=512,
     )
     replayer = Replayer(
         trace, Server(1, 0.0, window=window), hardware, 1, dram_reserve=sizes.reserve
@@ -206,10 +229,10 @@ def simulate(trace: Trace, sizes: Sizes, policy: str, window: int) -> Played:
     by_tier = zip(device, dram - device, total - dram, strict=True)
     hits = [dict(zip(("device", "dram", "ssd"), map(int, row), strict=True)) for row in by_tier]
     evictions = {tier: result[f"{tier}_evictions"] for tier in ("device", "dram", "ssd")}
-    events = by_kind(result["events"])
+    turns = by_turn(result["events"])
     for kind, counted in (("read_start", "ssd_bytes_read"), ("write_start", "ssd_bytes_written")):
-        assert result[counted] == TOKEN_BYTES * sum(n for _, n in events.get(kind, []))
-    return Played(hits, events, evictions)
+        assert result[counted] == TOKEN_BYTES * sum(n for _, n in blocks(turns, kind))
+    return Played(hits, turns, evictions)
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +255,7 @@ def test_events_agree(model_path: Path, tmp_path: Path, policy: str, max_queue: 
         block_size=BLOCK,
         policy=policy,
         dram_reserve=sizes.reserve,
+        io="inline",
     )
     with open_engine(model_path, config, max_num_seqs=1, truncation=None) as engine:
         tiers = engine.store.stats()["tiers"]
@@ -241,6 +265,5 @@ def test_events_agree(model_path: Path, tmp_path: Path, policy: str, max_queue: 
     trace = trace_of(live.turns)
     replayed = simulate(trace, sizes, policy, window)
     assert replayed.hits == played.hits
-    for kind in sorted(played.events.keys() | replayed.events.keys()):
-        assert replayed.events.get(kind) == played.events.get(kind), kind
+    assert replayed.turns == played.turns
     assert replayed.evictions == played.evictions

@@ -35,5 +35,7 @@ class CopyEngine {
 };
 
 std::unique_ptr<CopyEngine> NewHostCopyEngine();
+// Copies in the calling thread, so that the same calls see the same completions: for tests.
+std::unique_ptr<CopyEngine> NewInlineCopyEngine();
 
 }  // namespace cachedattn

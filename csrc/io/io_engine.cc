@@ -3,6 +3,7 @@
 #include <linux/magic.h>
 #include <sys/vfs.h>
 
+#include "csrc/io/inline_engine.h"
 #include "csrc/io/thread_engine.h"
 #include "csrc/io/uring_engine.h"
 
@@ -17,6 +18,7 @@ bool IsFuse(int fd) {
 }
 
 Result<std::unique_ptr<IoEngine>> OpenChosen(int fd, const IoOptions& options) {
+  if (options.kind == IoKind::kInline) return OpenInlineEngine(fd, options);
   if (options.kind == IoKind::kThreads) {
     return OpenThreadEngine(fd, options, "pread/pwrite threads, as asked for");
   }

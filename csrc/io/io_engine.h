@@ -50,11 +50,12 @@ class IoEngine {
   virtual uint32_t depth() const = 0;
   virtual uint32_t in_flight() const = 0;
 
-  virtual const char* name() const = 0;        // "io_uring" or "threads"
+  virtual const char* name() const = 0;        // "io_uring", "threads" or "inline"
   virtual const std::string& why() const = 0;  // what was chosen, and why not the better one
 };
 
-enum class IoKind : uint8_t { kAuto = 0, kUring = 1, kThreads = 2 };
+// kInline: each request in the calling thread. Slow; for tests (inline_engine.h).
+enum class IoKind : uint8_t { kAuto = 0, kUring = 1, kThreads = 2, kInline = 3 };
 
 struct IoOptions {
   IoKind kind = IoKind::kAuto;

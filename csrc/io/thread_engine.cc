@@ -78,22 +78,11 @@ class ThreadEngine : public IoEngine {
       const IoRequest request = queue_.front();
       queue_.pop_front();
       lock.unlock();
-      const int32_t result = Execute(request);
+      const int32_t result = Execute(fd_, request);
       lock.lock();
       finished_.push_back({request.tag, result});
       done_.notify_one();
     }
-  }
-
-  int32_t Execute(const IoRequest& request) const {
-    const off_t offset = static_cast<off_t>(request.offset);
-    ssize_t moved;
-    do {
-      moved = request.op == IoOp::kSync   ? ::fdatasync(fd_)
-              : request.op == IoOp::kRead ? ::pread(fd_, request.data, request.size, offset)
-                                          : ::pwrite(fd_, request.data, request.size, offset);
-    } while (moved < 0 && errno == EINTR);
-    return static_cast<int32_t>(moved < 0 ? -errno : moved);
   }
 
   const int fd_;
@@ -111,6 +100,17 @@ class ThreadEngine : public IoEngine {
 };
 
 }  // namespace
+
+int32_t Execute(int fd, const IoRequest& request) {
+  const off_t offset = static_cast<off_t>(request.offset);
+  ssize_t moved;
+  do {
+    moved = request.op == IoOp::kSync   ? ::fdatasync(fd)
+            : request.op == IoOp::kRead ? ::pread(fd, request.data, request.size, offset)
+                                        : ::pwrite(fd, request.data, request.size, offset);
+  } while (moved < 0 && errno == EINTR);
+  return static_cast<int32_t>(moved < 0 ? -errno : moved);
+}
 
 Result<std::unique_ptr<IoEngine>> OpenThreadEngine(int fd, const IoOptions& options,
                                                    std::string why) {

@@ -12,4 +12,7 @@ namespace cachedattn {
 Result<std::unique_ptr<IoEngine>> OpenThreadEngine(int fd, const IoOptions& options,
                                                    std::string why);
 
+// Does `request` and waits for it: bytes moved, or -errno.
+int32_t Execute(int fd, const IoRequest& request);
+
 }  // namespace cachedattn

@@ -73,14 +73,14 @@ std::unique_ptr<PyReplay> NewReplay(const Column<int32_t>& parent, const Column<
 py::dict Play(const PyReplay& self, const std::string& policy, uint64_t device_bytes,
               uint64_t dram_bytes, uint64_t ssd_bytes, uint64_t token_bytes, double dram_reserve,
               double ssd_read_bytes_s, double ssd_write_bytes_s, double ssd_latency_s,
-              double copy_bytes_s, bool events, const py::object& progress) {
+              uint32_t ssd_depth, double copy_bytes_s, bool events, const py::object& progress) {
   ReplayOptions options{.policy = policy,
                         .device_bytes = device_bytes,
                         .dram_bytes = dram_bytes,
                         .ssd_bytes = ssd_bytes,
                         .token_bytes = token_bytes,
                         .dram_reserve = dram_reserve,
-                        .ssd = {ssd_read_bytes_s, ssd_write_bytes_s, ssd_latency_s},
+                        .ssd = {ssd_read_bytes_s, ssd_write_bytes_s, ssd_latency_s, ssd_depth},
                         .copy_bytes_s = copy_bytes_s,
                         .events = events};
   std::exception_ptr error;  // of `progress`
@@ -158,8 +158,8 @@ void BindReplay(py::module_& module) {
       .def("play", &Play, py::kw_only(), py::arg("policy"), py::arg("device_bytes"),
            py::arg("dram_bytes"), py::arg("ssd_bytes"), py::arg("token_bytes"),
            py::arg("dram_reserve"), py::arg("ssd_read_bytes_s"), py::arg("ssd_write_bytes_s"),
-           py::arg("ssd_latency_s"), py::arg("copy_bytes_s"), py::arg("events") = false,
-           py::arg("progress") = py::none());
+           py::arg("ssd_latency_s"), py::arg("ssd_depth"), py::arg("copy_bytes_s"),
+           py::arg("events") = false, py::arg("progress") = py::none());
 }
 
 }  // namespace cachedattn

@@ -46,7 +46,8 @@ IoKind ParseIo(const std::string& name) {
   if (name == "auto") return IoKind::kAuto;
   if (name == "uring") return IoKind::kUring;
   if (name == "threads") return IoKind::kThreads;
-  RaiseChoice("io", name, "'auto', 'uring', 'threads'");
+  if (name == "inline") return IoKind::kInline;
+  RaiseChoice("io", name, "'auto', 'uring', 'threads', 'inline'");
 }
 
 Tier ParseTier(const std::string& name) {

@@ -51,6 +51,9 @@ struct SsdModel {
   double read_bytes_s = 5e9;
   double write_bytes_s = 3e9;
   double latency_s = 100e-6;
+  // Operations at a time: few, so that what is urgent does not wait behind what is not. The store
+  // keeps the order of what waits.
+  uint32_t depth = 4;
 };
 
 // Reads and writes of one device, in order.
@@ -79,9 +82,7 @@ class ModelSsd final : public SsdTier {
   void StartRead(SlotId, const BlockHeader& header, uint32_t, uint32_t, std::byte*,
                  uint64_t tag) override;
   void StartProbe(uint64_t tag) override { queue_.Add(tag, 0, 0); }
-  // Few at a time, so that what is urgent does not wait behind what is not: the store keeps the
-  // order of what waits.
-  bool can_submit() const override { return queue_.size() < kDepth; }
+  bool can_submit() const override { return queue_.size() < model_.depth; }
   uint32_t in_flight() const override { return queue_.size(); }
   uint32_t num_late() const override { return 0; }
   void Poll(std::vector<SsdCompletion>* out, int64_t timeout_us) override;
@@ -95,8 +96,6 @@ class ModelSsd final : public SsdTier {
   const std::string& io_why() const override { return why_; }
 
  private:
-  static constexpr uint32_t kDepth = 4;
-
   const SsdModel model_;
   const uint32_t num_slots_;
   const uint64_t token_bytes_;

@@ -23,7 +23,11 @@ int64_t Ns(double seconds) { return std::llround(1e9 * seconds); }
 class WaitingQueue {
  public:
   void Join(std::shared_ptr<Chain> chain) { chains_.push_back(std::move(chain)); }
-  void LeaveFirst() {
+  // It is the first, or one of few before it that found no room.
+  void Leave(const std::shared_ptr<Chain>& chain) {
+    const auto first = chains_.begin() + static_cast<ptrdiff_t>(first_);
+    const auto it = std::find(first, chains_.end(), chain);
+    std::rotate(first, it, it + 1);
     chains_[first_].reset();
     if (++first_ < 1024 || 2 * first_ < chains_.size()) return;
     chains_.erase(chains_.begin(), chains_.begin() + first_);
@@ -62,6 +66,7 @@ class Player {
   Status Compute(uint32_t r);
   void Settle();
   void PollDevices();
+  void BeginWaiting();
   void NoteLoads();
   int64_t NextDeviceNs() const {
     return std::min(ssd_ ? ssd_->next_ns() : kNever, copy_->next_ns());
@@ -186,9 +191,7 @@ void Player::Arrive(uint32_t r) {
 }
 
 void Player::Start(uint32_t r) {
-  queue_.LeaveFirst();
-  queue_changed_ = true;
-  if (!Begin(r, UINT32_MAX)) no_room_.push_back(r);
+  if (!no_room_.empty() || !Begin(r, UINT32_MAX)) no_room_.push_back(r);
 }
 
 bool Player::Begin(uint32_t r, uint32_t max_history) {
@@ -198,6 +201,8 @@ bool Player::Begin(uint32_t r, uint32_t max_history) {
     return false;
   }
   turns_[r].sequence = std::move(begun.value());
+  queue_.Leave(turns_[r].chain);
+  queue_changed_ = true;
   const CachedTokens& cached = turns_[r].sequence->cached();
   result_.device_tokens[r] = cached.by_tier[static_cast<int>(Tier::kDevice)];
   result_.dram_tokens[r] = result_.device_tokens[r] + cached.by_tier[static_cast<int>(Tier::kDram)];
@@ -275,10 +280,24 @@ void Player::Settle() {
   } while (NextDeviceNs() <= clock_.NowNs());
 }
 
+// Those that had no room, in their order. What their histories push out is written first, which
+// may take no time.
+void Player::BeginWaiting() {
+  while (!no_room_.empty()) {
+    const uint64_t written = ssd_ ? ssd_->bytes_written() : 0;
+    const bool begun = Begin(no_room_.front(), UINT32_MAX);
+    if (begun) no_room_.pop_front();
+    PublishQueue();
+    Settle();
+    const bool more_room = ssd_ && ssd_->bytes_written() > written && NextDeviceNs() == kNever;
+    if (!begun && !more_room) return;
+  }
+}
+
 void Player::PollDevices() {
   Settle();
+  BeginWaiting();
   NoteLoads();
-  std::erase_if(no_room_, [&](uint32_t r) { return Begin(r, UINT32_MAX); });
   std::erase_if(due_, [&](uint32_t r) { return End(r); });
 }
 

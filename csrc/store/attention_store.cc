@@ -212,7 +212,10 @@ Result<std::unique_ptr<AttentionStore>> OpenAll(const StoreOptions& options) {
     if (!opened.ok()) return opened.status();
     ssd = std::move(opened.value());
   }
-  auto copy = options.device_bytes != 0 ? NewHostCopyEngine() : nullptr;
+  std::unique_ptr<CopyEngine> copy;
+  if (options.device_bytes != 0) {
+    copy = options.io == IoKind::kInline ? NewInlineCopyEngine() : NewHostCopyEngine();
+  }
   return OpenTiers(options, std::move(ssd), std::move(copy));
 }
 

@@ -50,7 +50,7 @@ struct StoreOptions {
   // False: a device copy goes as soon as its turn has ended and it is saved.
   bool keep_on_device = true;
   double dram_reserve = 0.1;  // share of DRAM slots kept free so that a fetch never waits
-  IoKind io = IoKind::kAuto;
+  IoKind io = IoKind::kAuto;  // kInline: of the copies, too
   uint32_t io_depth = 256;
   int64_t io_deadline_us = 2'000'000;  // an operation of the SSD tier that takes longer has failed
   const Clock* clock = &SystemClock();

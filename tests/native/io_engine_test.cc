@@ -183,9 +183,12 @@ TEST_P(IoEngineTest, FaultyEngineBreaksTheChosenRequests) {
   EXPECT_EQ(engine->Poll(finished, 1'000'000), 1u);
 }
 
-INSTANTIATE_TEST_SUITE_P(Engines, IoEngineTest, ::testing::Values(IoKind::kUring, IoKind::kThreads),
+INSTANTIATE_TEST_SUITE_P(Engines, IoEngineTest,
+                         ::testing::Values(IoKind::kUring, IoKind::kThreads, IoKind::kInline),
                          [](const auto& info) {
-                           return info.param == IoKind::kUring ? "Uring" : "Threads";
+                           return info.param == IoKind::kUring     ? "Uring"
+                                  : info.param == IoKind::kThreads ? "Threads"
+                                                                   : "Inline";
                          });
 
 TEST(DirectFile, ReportsARefusalOfODirect) {
