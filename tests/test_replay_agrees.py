@@ -20,7 +20,7 @@ import cachedattn as ca
 from cachedattn.replay import Cell, Hardware, Replayer, Server
 from cachedattn.trace import FINISH, Trace
 
-LAYERS = 2
+LAYERS = 1
 TOKEN_BYTES = LAYERS * 2 * 64 * 4  # K and V of a head of 64 in float32
 PAYLOAD = BLOCK * TOKEN_BYTES
 SLOT = PAYLOAD + 4096  # in DRAM and on SSD a header page comes first
@@ -96,10 +96,13 @@ def blocks(turns: list[dict[str, list[Any]]], kind: str) -> list[tuple[int, int]
     return [block for turn in turns for block in turn.get(kind, [])]
 
 
-def settle(store: ca.AttentionStore) -> None:
-    """Waits until nothing is under way."""
-    while store.drain() or store.stats()["reads_in_flight"]:
-        store.poll()
+def settle(engine: ca.Engine) -> None:
+    """Lets what is under way, and what follows from it, come to its end."""
+    busy = True
+    while busy:
+        engine.store.poll()
+        loading = any(request.sequence.loading for request in engine.scheduler.running)
+        busy = engine.store.drain() or engine.store.stats()["reads_in_flight"] or loading
 
 
 class Live:
@@ -116,7 +119,7 @@ class Live:
         forward = engine.model.forward
 
         def settled_forward(batch: Any) -> Any:
-            settle(engine.store)
+            settle(engine)
             return forward(batch)
 
         engine.model.forward = settled_forward
@@ -160,7 +163,7 @@ class Live:
             turn.start = tick
             while not turn.request.finished:
                 self.engine.step()
-                settle(store)
+                settle(self.engine)
             store.check_invariants()
             turn.tokens = turn.request.tokens[:-1]  # nothing has asked for the last one's KV
             turn.cached = turn.request.cached_from

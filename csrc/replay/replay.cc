@@ -63,6 +63,7 @@ class Player {
   bool Begin(uint32_t r, uint32_t max_history);
   bool End(uint32_t r);
   uint32_t StepEnd(uint32_t r, uint32_t first) const;
+  Status ReserveStep(uint32_t r, uint32_t* num_tokens);
   Status Compute(uint32_t r);
   void Settle();
   void PollDevices();
@@ -201,6 +202,10 @@ bool Player::Begin(uint32_t r, uint32_t max_history) {
     return false;
   }
   turns_[r].sequence = std::move(begun.value());
+  if (uint32_t tokens = 0; !ReserveStep(r, &tokens).ok()) {
+    turns_[r].sequence.reset();
+    return false;
+  }
   queue_.Leave(turns_[r].chain);
   queue_changed_ = true;
   const CachedTokens& cached = turns_[r].sequence->cached();
@@ -228,14 +233,22 @@ uint32_t Player::StepEnd(uint32_t r, uint32_t first) const {
   return std::min(tree_.total(r), first / kSize * kSize + kSize);
 }
 
+// Slots for the next step's tokens, of which there are `num_tokens`.
+Status Player::ReserveStep(uint32_t r, uint32_t* num_tokens) {
+  Sequence& sequence = *turns_[r].sequence;
+  if (sequence.room() == 0) sequence.Truncate();
+  const uint32_t first = sequence.num_computed_tokens();
+  *num_tokens = std::min(StepEnd(r, first) - first, sequence.room());
+  return sequence.Reserve(*num_tokens);
+}
+
 // The turn's new tokens. Between steps, what takes no time takes effect.
 Status Player::Compute(uint32_t r) {
   Sequence& sequence = *turns_[r].sequence;
   while (sequence.num_computed_tokens() < tree_.total(r)) {
-    if (sequence.room() == 0) sequence.Truncate();
+    uint32_t tokens = 0;
+    if (Status status = ReserveStep(r, &tokens); !status.ok()) return status;
     const uint32_t first = sequence.num_computed_tokens();
-    const uint32_t tokens = std::min(StepEnd(r, first) - first, sequence.room());
-    if (Status status = sequence.Reserve(tokens); !status.ok()) return status;
     sequence.LayerDone(0, tokens);
     sequence.Append(tree_.Tokens(r, first, first + tokens));
     Settle();

@@ -208,10 +208,12 @@ void StoreCore::Drive(int64_t timeout_us) {
   }
   preloader.Pump();
   saver.Pump();
-  const bool ssd = tiers.ssd != nullptr && tiers.ssd_on;
-  if (ssd && memory.full()) prefetcher.Pump();
   evictor.KeepReserve();
-  if (ssd && !preloader.reads_waiting()) writes.Pump();  // last: what the reserve asks for, too
+  if (tiers.ssd != nullptr && tiers.ssd_on) {
+    // What lies above the reserve is for prefetches, and both have asked for writes by now.
+    if (memory.full()) prefetcher.Pump();
+    if (!preloader.reads_waiting()) writes.Pump();
+  }
 }
 
 void StoreCore::TakeCompletions(int64_t timeout_us) {
