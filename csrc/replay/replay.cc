@@ -251,7 +251,7 @@ Status Player::Compute(uint32_t r) {
     const uint32_t first = sequence.num_computed_tokens();
     sequence.LayerDone(0, tokens);
     sequence.Append(tree_.Tokens(r, first, first + tokens));
-    Settle();
+    if (first + tokens < tree_.total(r)) Settle();  // the last one ends with the turn
   }
   return Status();
 }

@@ -223,6 +223,7 @@ void SequenceImpl::LayerDone(uint32_t layer, uint32_t num_tokens) {
   if (!core_->usable()) return;
   core_->trace.Add(TraceKind::kComputeEnd, id_, layer, 1, kNoSlot, nullptr);
   if (core_->tiers.pool_tier() == Tier::kDevice) {
+    if (layer == 0) Settle();  // who did not wait may have places of fills that are done
     const uint32_t end = (context_len_ + num_tokens) / block_size_;
     for (uint32_t i = context_len_ / block_size_; i < end; ++i) {
       Entry& entry = entries_[i];
