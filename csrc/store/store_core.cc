@@ -277,9 +277,11 @@ void StoreCore::SetQueue(std::span<const std::shared_ptr<Chain>> waiting) {
       mean += chain->num_tokens() * options.layout.bytes_per_token() / waiting.size();
     }
   }
-  const uint64_t ssd_bytes =
-      tiers.ssd ? tiers.ssd_slots->capacity() * options.layout.host_slot_bytes() : 0;
-  const Windows windows = ComputeWindows(tiers.dram->capacity_bytes(), ssd_bytes, mean);
+  const auto kv_bytes = [this](const SlotPool* slots) {
+    return slots ? slots->capacity() * options.layout.payload_bytes() : 0;
+  };
+  const Windows windows =
+      ComputeWindows(kv_bytes(&tiers.dram->slots()), kv_bytes(tiers.ssd_slots.get()), mean);
   std::vector<Conversation> conversations;
   for (const auto& chain : waiting.first(std::min<size_t>(waiting.size(), windows.eviction))) {
     const Conversation conversation = HoldWaiting(policy.get(), &directory, *chain, tiers.ssd_on);
