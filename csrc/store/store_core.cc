@@ -212,7 +212,7 @@ void StoreCore::Drive(int64_t timeout_us) {
   if (tiers.ssd != nullptr && tiers.ssd_on) {
     // What lies above the reserve is for prefetches, and both have asked for writes by now.
     if (memory.full()) prefetcher.Pump();
-    if (!preloader.reads_waiting()) writes.Pump();
+    while (!preloader.reads_waiting() && writes.Pump()) evictor.KeepReserve();
   }
 }
 

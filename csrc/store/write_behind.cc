@@ -96,7 +96,8 @@ Slot WriteBehind::TakeSsdSlot(const Block& incoming) {
   return tiers_->ssd_slots->Take(incoming.tenant);
 }
 
-void WriteBehind::Pump() {
+bool WriteBehind::Pump() {
+  bool refused = false;
   while (!queue_.empty() && in_flight_.size() - num_late_ < max_in_flight_ &&
          tiers_->ssd->can_submit()) {
     const BlockRef block = directory_->Find(queue_.front());
@@ -107,8 +108,10 @@ void WriteBehind::Pump() {
       Start(block, std::move(slot));
     } else {
       directory_->SetLeaving(block.get(), Tier::kDram, false);
+      refused = true;
     }
   }
+  return refused;
 }
 
 void WriteBehind::Start(const BlockRef& block, Slot slot) {

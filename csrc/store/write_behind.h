@@ -20,8 +20,9 @@ class WriteBehind {
   // Queues the writes of all that DRAM alone has and is worth a place.
   void DemoteAll();
 
-  // Starts queued writes, few at a time so that a read never waits long behind them.
-  void Pump();
+  // Starts queued writes, few at a time so that a read never waits long behind them. True: the SSD
+  // has no place for some, so they make no room.
+  bool Pump();
   // A late write keeps its places until the disk has let go of them, and may still succeed.
   void OnDone(const SsdCompletion& done);
 

@@ -7,11 +7,15 @@
 namespace cachedattn {
 namespace {
 
-TEST(HostCopyEngineTest, MovesBytesInOrderPerStream) {
+class CopyEngineTest : public ::testing::TestWithParam<std::unique_ptr<CopyEngine> (*)()> {};
+INSTANTIATE_TEST_SUITE_P(Engines, CopyEngineTest,
+                         ::testing::Values(&NewHostCopyEngine, &NewInlineCopyEngine));
+
+TEST_P(CopyEngineTest, MovesBytesInOrderPerStream) {
   constexpr size_t kCopies = 200, kBytes = 256;
   std::vector<std::byte> source(kCopies * kBytes), target(kCopies * kBytes);
   for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<std::byte>(i * 7 + i / 256);
-  const auto engine = NewHostCopyEngine();
+  const auto engine = GetParam()();
   for (size_t i = 0; i < kCopies; ++i) {
     engine->Enqueue({.stream = i % 2 ? CopyStream::kSave : CopyStream::kLoad,
                      .source = source.data() + i * kBytes,
