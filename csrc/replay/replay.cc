@@ -235,7 +235,10 @@ uint32_t Player::StepEnd(uint32_t r, uint32_t first) const {
 // Slots for the next step's tokens, of which there are `num_tokens`.
 Status Player::ReserveStep(uint32_t r, uint32_t* num_tokens) {
   Sequence& sequence = *turns_[r].sequence;
-  if (sequence.room() == 0) sequence.Truncate();
+  if (sequence.room() == 0) {
+    sequence.Truncate();
+    clock_.MoveTo(clock_.NowNs() + 1);  // what is cut off first was over first
+  }
   const uint32_t first = sequence.num_computed_tokens();
   *num_tokens = std::min(StepEnd(r, first) - first, sequence.room());
   return sequence.Reserve(*num_tokens);
