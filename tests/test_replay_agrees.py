@@ -93,15 +93,6 @@ def tokens_moved(events: list[Event]) -> dict[str, int]:
     }
 
 
-def settle(engine: ca.Engine) -> None:
-    """Lets what is under way, and what follows from it, come to its end."""
-    busy = True
-    while busy:
-        engine.store.poll()
-        loading = any(request.sequence.loading for request in engine.scheduler.running)
-        busy = engine.store.drain() or engine.store.stats()["reads_in_flight"] or loading
-
-
 class Live:
     """Conversations through an engine, a turn at each tick."""
 
@@ -113,15 +104,29 @@ class Live:
         self.queue: list[Turn] = []
         self.last: dict[int, Turn] = {}
         self.begun = False  # a turn, of which nothing is computed
-        forward = engine.model.forward
+        self.forward, engine.model.forward = engine.model.forward, self.settled_forward
+        self.drain, engine.store.drain = engine.store.drain, self.settled_drain
 
-        def settled_forward(batch: Any) -> torch.Tensor:
-            if self.begun:  # as in the replay, where time passes until a turn is computed
-                settle(engine)
-            self.begun = False
-            return forward(batch)
+    def settle(self) -> None:
+        """Lets what is under way, and what follows from it, come to its end."""
+        busy = True
+        while busy:
+            self.engine.store.poll()
+            loading = any(request.sequence.loading for request in self.engine.scheduler.running)
+            busy = self.drain() or self.engine.store.stats()["reads_in_flight"] or loading
 
-        engine.model.forward = settled_forward
+    def settled_forward(self, batch: Any) -> torch.Tensor:
+        """As in the replay, time passes between a turn's beginning and its computation."""
+        if self.begun:
+            self.settle()
+        self.begun = False
+        return self.forward(batch)
+
+    def settled_drain(self) -> bool:
+        """The scheduler waits for room."""
+        busy = self.drain()
+        self.settle()
+        return busy
 
     def prompt(self, conversation: int) -> list[int]:
         """The conversation so far, or now and then another's beginning; and new tokens."""
@@ -131,7 +136,11 @@ class Live:
         elif self.last and self.rng.random() < 0.5:
             other = self.rng.choice(list(self.last.values())).request.tokens
             history = other[: self.rng.randint(1, len(other))]
-        return history + random_ids(self.rng.randint(1, 60), seed=self.rng.randrange(1 << 30))
+        while True:
+            more = random_ids(self.rng.randint(1, 60), seed=self.rng.randrange(1 << 30))
+            prompt = history + more
+            if all(common(turn.request.tokens, prompt) < len(prompt) for turn in self.turns):
+                return prompt  # a token of it is its own
 
     def arrive(self, tick: int) -> None:
         """Up to three turns come, of conversations that do not wait for an answer."""
@@ -175,7 +184,7 @@ class Live:
         self.begun = True
         while not turn.request.finished:
             self.engine.step()
-            settle(self.engine)
+            self.settle()
         turn.tokens = turn.request.tokens[:-1]  # no later step has asked for the last one's KV
         self.last[turn.conversation] = turn
 
@@ -206,7 +215,9 @@ def play_live(
 
 def common(a: list[int], b: list[int]) -> int:
     """How many leading tokens are equal."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def trace_of(turns: list[Turn]) -> Trace:
@@ -285,12 +296,17 @@ def seed() -> int:
     return seed
 
 
-@pytest.mark.parametrize("max_queue,window", [(1, 0), (8, 0), (8, 160)])
-@pytest.mark.parametrize("policy", ["lookahead", "lru", "fifo"])
-def test_events_agree(
-    model_path: Path, tmp_path: Path, policy: str, max_queue: int, window: int, seed: int
-) -> None:
-    setup = Setup(policy, max_queue, window)
+SETUPS = [
+    Setup(policy, max_queue, window)
+    for policy in ("lookahead", "lru", "fifo")
+    for max_queue, window in ((1, 0), (8, 0), (8, 160))
+]
+# DRAM that turns must wait for, and a device that keeps much.
+SETUPS.append(Setup("lookahead", 8, 0, device=64, dram=32, reserve=0.1))
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda s: f"{s.policy}-{s.max_queue}-{s.window}")
+def test_events_agree(model_path: Path, tmp_path: Path, setup: Setup, seed: int) -> None:
     setup, turns, live = play_live(setup, model_path, tmp_path, seed)
     replayed = play_replay(setup, trace_of(turns))
     assert all(live.evictions[tier] > 0 for tier in TIERS)

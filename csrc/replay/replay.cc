@@ -224,12 +224,12 @@ void Player::NoteLoads() {
   });
 }
 
-// Where the step ends that begins with token `first`: a prompt is one step, and an answer's tokens
-// matter to the store when they fill a block.
+// Where the step ends that begins with token `first`: a prompt is one step; of an answer's tokens
+// the store sees those that take a block's place and those that fill it.
 uint32_t Player::StepEnd(uint32_t r, uint32_t first) const {
   if (first < tree_.prompt(r)) return tree_.prompt(r);
   constexpr uint32_t kSize = TokenTree::kBlockSize;
-  return std::min(tree_.total(r), first / kSize * kSize + kSize);
+  return std::min(tree_.total(r), first % kSize == 0 ? first + 1 : first / kSize * kSize + kSize);
 }
 
 // Slots for the next step's tokens, of which there are `num_tokens`.

@@ -68,7 +68,8 @@ void Saver::Queue(const BlockRef& block) {
   queue_.push_back(block->key);
 }
 
-void Saver::Pump() {
+bool Saver::Pump() {
+  bool begun = false;
   for (size_t left = queue_.size(); left > 0; --left) {
     const BlockRef block = directory_->Find(queue_.front());
     if (block != nullptr && block->copy(Tier::kDevice).leaving) {
@@ -79,14 +80,16 @@ void Saver::Pump() {
           continue;
         }
         const SaveRef save = Begin(block->copy(Tier::kDevice).slot.id(), 0, block->tenant);
-        if (save == nullptr) return;
+        if (save == nullptr) return begun;
         Publish(save, block);
+        begun = true;
       }
       directory_->SetLeaving(block.get(), Tier::kDevice, false);
       Leave(block);
     }
     queue_.pop_front();
   }
+  return begun;
 }
 
 void Saver::OnCopy(uint64_t tag) {

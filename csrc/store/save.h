@@ -46,7 +46,7 @@ class Saver {
 
   // A listed block whose save found no DRAM slot: it is tried again when there is one.
   void Queue(const BlockRef& block);
-  void Pump();
+  bool Pump();  // true: some have begun
   void OnCopy(uint64_t tag);
 
   uint32_t num_in_flight() const { return static_cast<uint32_t>(in_flight_.size()); }

@@ -207,12 +207,14 @@ void StoreCore::Drive(int64_t timeout_us) {
     JudgeSsd();
   }
   preloader.Pump();
-  saver.Pump();
-  evictor.KeepReserve();
-  if (tiers.ssd != nullptr && tiers.ssd_on) {
-    // What lies above the reserve is for prefetches, and both have asked for writes by now.
+  // Saves take from the reserve, prefetches what lies above it, and writes that both have asked for
+  // start at once; until no one has changed what another has looked at.
+  for (bool again = true; again;) {
+    evictor.KeepReserve();
+    again = saver.Pump();
+    if (tiers.ssd == nullptr || !tiers.ssd_on) continue;
     if (memory.full()) prefetcher.Pump();
-    while (!preloader.reads_waiting() && writes.Pump()) evictor.KeepReserve();
+    if (!preloader.reads_waiting()) again |= writes.Pump();
   }
 }
 
