@@ -42,6 +42,7 @@ class AttentionStore:
             dtype=layout.dtype,
             identity=layout.identity,
             model_name=layout.model_name,
+            cuda_device=-1,
             device_bytes=parse_size(config.device),
             dram_bytes=parse_size(config.dram),
             ssd_bytes=parse_size(config.ssd),

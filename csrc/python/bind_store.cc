@@ -95,12 +95,12 @@ std::function<void(uint64_t, uint64_t)> WrapProgress(const py::object& progress)
 std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, uint32_t head_dim,
                                    uint32_t block_size, const std::string& dtype,
                                    const std::string& identity, const std::string& model_name,
-                                   uint64_t device_bytes, uint64_t dram_bytes, uint64_t ssd_bytes,
-                                   uint64_t tenant_quota_bytes, const std::string& path,
-                                   const std::string& master_key_file, const std::string& policy,
-                                   double dram_reserve, const std::string& io, uint32_t io_depth,
-                                   int64_t io_deadline_us, bool poison,
-                                   const py::object& progress) {
+                                   int cuda_device, uint64_t device_bytes, uint64_t dram_bytes,
+                                   uint64_t ssd_bytes, uint64_t tenant_quota_bytes,
+                                   const std::string& path, const std::string& master_key_file,
+                                   const std::string& policy, double dram_reserve,
+                                   const std::string& io, uint32_t io_depth, int64_t io_deadline_us,
+                                   bool poison, const py::object& progress) {
   StoreOptions options;
   options.layout = {num_layers, num_kv_heads, head_dim, block_size, ParseDType(dtype)};
   if (identity.size() != options.identity.bytes.size()) {
@@ -108,6 +108,7 @@ std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, u
   }
   std::copy(identity.begin(), identity.end(), options.identity.bytes.begin());
   options.model_name = model_name;
+  options.gpu = cuda_device;
   options.device_bytes = device_bytes;
   options.dram_bytes = dram_bytes;
   options.ssd_bytes = ssd_bytes;
@@ -205,6 +206,8 @@ py::dict Stats(PyStore& self) {
   out["reads_in_flight"] = stats.reads_in_flight;
   out["writes_in_flight"] = stats.writes_in_flight;
   out["saves_waiting"] = stats.saves_waiting;
+  out["pinned_bytes"] = stats.pinned_bytes;
+  out["pin_failure"] = stats.pin_failure;
   return out;
 }
 
@@ -309,10 +312,10 @@ void BindStore(py::module_& module) {
   store
       .def(py::init(&OpenStore), py::kw_only(), py::arg("num_layers"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::arg("block_size"), py::arg("dtype"), py::arg("identity"),
-           py::arg("model_name"), py::arg("device_bytes"), py::arg("dram_bytes"),
-           py::arg("ssd_bytes"), py::arg("tenant_quota_bytes"), py::arg("path"),
-           py::arg("master_key_file"), py::arg("policy"), py::arg("dram_reserve"), py::arg("io"),
-           py::arg("io_depth"), py::arg("io_deadline_us"), py::arg("poison"),
+           py::arg("model_name"), py::arg("cuda_device"), py::arg("device_bytes"),
+           py::arg("dram_bytes"), py::arg("ssd_bytes"), py::arg("tenant_quota_bytes"),
+           py::arg("path"), py::arg("master_key_file"), py::arg("policy"), py::arg("dram_reserve"),
+           py::arg("io"), py::arg("io_depth"), py::arg("io_deadline_us"), py::arg("poison"),
            py::arg("progress") = py::none())
       .def_property_readonly("handle",
                              [](PyStore& self) {
@@ -329,6 +332,10 @@ void BindStore(py::module_& module) {
            })
       .def("lookup", [](PyStore& self, const Chain& chain) { return self.get().Lookup(chain); })
       .def("begin", &Begin, py::arg("chain"), py::arg("max_history") = UINT32_MAX)
+      .def("use_stream",
+           [](PyStore& self, uintptr_t stream) {
+             self.get().UseStream(reinterpret_cast<void*>(stream));
+           })
       .def("poll", [](PyStore& self) { self.get().Poll(); })
       .def("drain",
            [](PyStore& self) {

@@ -22,6 +22,9 @@ Status Validate(const StoreOptions& options) {
     return Invalid("dram_reserve: must be from 0 to 0.5, got " +
                    std::to_string(options.dram_reserve));
   }
+  if (options.gpu >= 0 && options.device_bytes == 0) {
+    return Invalid("device_bytes: a GPU needs a pool for blocks");
+  }
   if (options.ssd_bytes == 0 && !options.master_key_file.empty()) {
     return Invalid("encrypt: there is no SSD tier to encrypt");
   }
@@ -98,6 +101,10 @@ class StoreImpl final : public AttentionStore {
     policy->Release(handle);
   }
 
+  void UseStream(void* stream) override {
+    if (core_->usable() && core_->tiers.gpu != nullptr) core_->tiers.gpu->SetCompute(stream);
+  }
+
   CachedTokens Lookup(const Chain& chain) override {
     const MemoryReserve::Use use(&core_->memory);
     if (!core_->usable() || chain.num_tokens() == 0) return CachedTokens();
@@ -148,7 +155,7 @@ class StoreImpl final : public AttentionStore {
   PoolView pool() const override {
     const MemoryTier& pool = core_->tiers.pool();
     return {pool.payload(0), pool.slots().capacity(), pool.slot_bytes(),
-            core_->options.layout.slice_stride()};
+            core_->options.layout.slice_stride(), core_->tiers.gpu ? core_->options.gpu : -1};
   }
   const KvLayout& layout() const override { return core_->options.layout; }
 
@@ -163,20 +170,29 @@ class StoreImpl final : public AttentionStore {
   std::string io_report_;
 };
 
+// Without a GPU the device pool, if any, is memory of this process.
 Result<std::unique_ptr<AttentionStore>> OpenTiers(const StoreOptions& options,
                                                   std::unique_ptr<SsdTier> ssd,
-                                                  std::unique_ptr<CopyEngine> copy) {
+                                                  std::unique_ptr<CopyEngine> copy,
+                                                  std::unique_ptr<Gpu> gpu) {
   Tiers tiers;
   tiers.layout = options.layout;
+  tiers.gpu = std::move(gpu);
   auto dram = MemoryTier::Open(Tier::kDram, options.dram_bytes, options.layout, options.poison);
   if (!dram.ok()) return dram.status();
   tiers.dram = std::move(dram.value());
   if (options.device_bytes != 0) {
-    auto device =
-        MemoryTier::Open(Tier::kDevice, options.device_bytes, options.layout, options.poison);
+    Gpu* const on = tiers.gpu.get();
+    auto device = MemoryTier::Open(
+        Tier::kDevice, options.device_bytes, options.layout, options.poison,
+        on ? [on](uint64_t bytes) { return on->Allocate(bytes); } : AllocateSlab(MapHostSlab));
     if (!device.ok()) return device.status();
     tiers.device = std::move(device.value());
-    tiers.copy = std::move(copy);
+    tiers.copy = on ? NewGpuCopyEngine(on) : std::move(copy);
+    if (on != nullptr) {
+      const MemoryTier& dram = *tiers.dram;
+      tiers.pinner = std::make_unique<Pinner>(on, dram.slab(), dram.slot_bytes());
+    }
   }
   if (ssd != nullptr && ssd->keys() != nullptr) {
     for (MemoryTier* memory : {tiers.dram.get(), tiers.device.get()}) {
@@ -212,8 +228,14 @@ Result<std::unique_ptr<AttentionStore>> OpenAll(const StoreOptions& options) {
     if (!opened.ok()) return opened.status();
     ssd = std::move(opened.value());
   }
-  auto copy = options.device_bytes != 0 ? NewHostCopyEngine() : nullptr;
-  return OpenTiers(options, std::move(ssd), std::move(copy));
+  std::unique_ptr<Gpu> gpu;
+  if (options.gpu >= 0) {
+    auto opened = OpenCudaGpu(static_cast<uint32_t>(options.gpu));
+    if (!opened.ok()) return opened.status();
+    gpu = std::move(opened.value());
+  }
+  auto copy = options.device_bytes != 0 && gpu == nullptr ? NewHostCopyEngine() : nullptr;
+  return OpenTiers(options, std::move(ssd), std::move(copy), std::move(gpu));
 }
 
 }  // namespace
@@ -222,7 +244,14 @@ Result<std::unique_ptr<AttentionStore>> OpenStoreOn(const StoreOptions& options,
                                                     std::unique_ptr<SsdTier> ssd,
                                                     std::unique_ptr<CopyEngine> copy) {
   if (Status status = Validate(options); !status.ok()) return status;
-  return OrExhausted([&] { return OpenTiers(options, std::move(ssd), std::move(copy)); });
+  return OrExhausted([&] { return OpenTiers(options, std::move(ssd), std::move(copy), nullptr); });
+}
+
+Result<std::unique_ptr<AttentionStore>> OpenStoreOnGpu(const StoreOptions& options,
+                                                       std::unique_ptr<SsdTier> ssd,
+                                                       std::unique_ptr<Gpu> gpu) {
+  if (Status status = Validate(options); !status.ok()) return status;
+  return OrExhausted([&] { return OpenTiers(options, std::move(ssd), nullptr, std::move(gpu)); });
 }
 
 Result<std::unique_ptr<AttentionStore>> AttentionStore::Open(const StoreOptions& options) {

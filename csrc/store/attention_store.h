@@ -37,7 +37,8 @@ struct StoreOptions {
   KvLayout layout;
   Digest identity;            // of the model and everything the KV depends on but the tokens
   std::string model_name;     // for messages
-  uint64_t device_bytes = 0;  // emulated device pool; 0: the block table points at DRAM slots
+  uint64_t device_bytes = 0;  // device pool; 0: the block table points at DRAM slots
+  int gpu = -1;               // CUDA index of the GPU that has the device pool; -1: emulated
   uint64_t dram_bytes = 0;    // hard cap of the DRAM slab, running sequences included
   uint64_t ssd_bytes = 0;     // hard cap of the file; 0: no SSD tier
   std::string path;           // directory of the SSD tier
@@ -114,6 +115,10 @@ struct StoreStats {
   const char* ssd_state = "none";          // "on"; "off": its blocks are misses until it is back
   std::string ssd_report = "no SSD tier";  // why, in one line
   uint32_t reads_in_flight = 0, writes_in_flight = 0, saves_waiting = 0;
+  // DRAM that the GPU copies from and to at full speed; grows after open. Why it does not grow any
+  // more, or empty.
+  uint64_t pinned_bytes = 0;
+  std::string pin_failure;
 };
 
 class Sequence;
@@ -146,6 +151,10 @@ class CA_API AttentionStore {
   // and is forgotten with the conversation. `ns` counts from now on.
   virtual void Advise(std::string_view tenant, uint64_t conversation, Advice advice,
                       int64_t ns = 0) = 0;
+
+  // With a GPU: the stream (cudaStream_t) that computes from now on. WaitLayer then makes it wait,
+  // not the caller, and what LayerDone and Append report need only have been started on it.
+  virtual void UseStream(void* stream) = 0;
 
   virtual CachedTokens Lookup(const Chain& chain) = 0;
 
@@ -185,6 +194,7 @@ class CA_API AttentionStore {
     std::byte* base;
     uint32_t num_slots;
     uint64_t slot_stride, layer_stride;
+    int gpu;  // CUDA index of the GPU whose memory it is; -1: this process
   };
   virtual PoolView pool() const = 0;
   virtual const KvLayout& layout() const = 0;
@@ -214,7 +224,8 @@ class CA_API Sequence {
 
   // True while some layer has not landed; WaitLayer need not be called when false.
   virtual bool loading() const = 0;
-  // Waits until layer `layer` of the history is in its slots. kCorrupt or kIo when it cannot be:
+  // Waits until layer `layer` of the history is in its slots; with a GPU until it will be for
+  // computing that is started from now on. kCorrupt or kIo when it cannot be:
   // the failed block is no longer findable; drop this step and the sequence, and begin again.
   virtual Status WaitLayer(uint32_t layer) = 0;
   // Layer `layer` of this step's `num_tokens` new tokens is in the slots: its save may start.

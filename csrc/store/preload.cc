@@ -13,9 +13,7 @@ constexpr uint64_t kMaxPieceBytes = 1 << 20;
 // where slices are small; few enough that who comes later does not wait long.
 constexpr uint64_t kMaxReadBytesInFlight = 64 << 20;
 
-// Copies handed to the engine at a time: enough to keep its stream busy, few enough that a lower
-// layer that arrives late does not wait behind many higher ones.
-constexpr uint32_t kMaxLoadsInFlight = 16;
+constexpr uint64_t kNoTag = UINT64_MAX;
 
 // A layer waits for the whole of its group. While the disk is the slower one, what is computed lags
 // behind it by a group, so there are so many groups at least.
@@ -135,7 +133,7 @@ void Preloader::Pump() {
                                                  read_bytes_in_flight_ < kMaxReadBytesInFlight))) {
     StartReadPiece(reads_.Pop());
   }
-  while (!loads_.empty() && num_loads_in_flight_ < kMaxLoadsInFlight) {
+  while (!loads_.empty() && num_loads_in_flight_ < tiers_->copy->load_depth()) {
     Piece piece = loads_.Pop();
     if (!piece.fill->status.ok()) {
       EndPiece(piece);
@@ -151,10 +149,23 @@ void Preloader::Pump() {
                               .target = fill.target + offset,
                               .size = layout.slice_stride(),
                               .tag = next_tag_++};
+    piece.fill->load_tags.resize(layout.num_layers, kNoTag);
+    piece.fill->load_tags[piece.first_layer] = request.tag;
     started_.emplace(request.tag, std::move(piece));
     ++num_loads_in_flight_;
     tiers_->copy->Enqueue(request);
   }
+}
+
+bool Preloader::Visible(Fill* fill, uint32_t layer) {
+  if (fill->visible[layer]) return true;
+  const bool started = !fill->load_tags.empty() && fill->load_tags[layer] != kNoTag;
+  if (!fill->landed[layer] &&
+      !(started && tiers_->copy->OrderComputeAfter(fill->load_tags[layer]))) {
+    return false;
+  }
+  fill->visible.set(layer);
+  return true;
 }
 
 void Preloader::StartReadPiece(Piece piece) {

@@ -28,8 +28,10 @@ struct Fill {
   std::byte* target = nullptr;  // start of the target slot
   uint64_t sequence = 0;        // who asked, for traces
   std::bitset<KvLayout::kMaxLayers> landed;
-  uint32_t pieces_left = 0;  // queued or in flight, or to be queued
-  uint32_t late_pieces = 0;  // failed, but the disk may still write to the slot
+  std::vector<uint64_t> load_tags;  // by layer, of copies that were started; empty: none was
+  std::bitset<KvLayout::kMaxLayers> visible;  // to computing that is started from now on
+  uint32_t pieces_left = 0;                   // queued or in flight, or to be queued
+  uint32_t late_pieces = 0;                   // failed, but the disk may still write to the slot
   bool done = false;
   Status status;
   std::vector<std::shared_ptr<Fill>> followers;  // device fills that this DRAM fill feeds
@@ -80,6 +82,9 @@ class Preloader {
 
   // Starts what the engines have room for. Reads that wait fail while the SSD tier is off.
   void Pump();
+
+  // Whether computing that starts from now on sees `layer` of the fill.
+  bool Visible(Fill* fill, uint32_t layer);
 
   // The fill under way of a shared copy; nullptr: none, or it is a save or a write.
   FillRef FillOf(const Block& block, Tier tier) const;

@@ -188,10 +188,13 @@ bool SequenceImpl::loading() const {
   });
 }
 
-// Lets go of the fills that are done; private slots become ours.
+// Lets go of the fills that are done, or will be before any computing; private slots become ours.
 void SequenceImpl::Settle() {
   for (Entry& entry : entries_) {
-    if (entry.fill == nullptr || !entry.fill->done || !entry.fill->status.ok()) continue;
+    if (entry.fill == nullptr || !entry.fill->status.ok()) continue;
+    if (!entry.fill->done && entry.fill->visible.count() < core_->options.layout.num_layers) {
+      continue;
+    }
     if (!entry.pin) entry.slot = std::move(entry.fill->private_slot);
     entry.fill.reset();
   }
@@ -209,7 +212,7 @@ Status SequenceImpl::WaitLayer(uint32_t layer) {
     for (const Entry& entry : entries_) {
       if (entry.fill == nullptr) continue;
       if (!entry.fill->status.ok()) return entry.fill->status;
-      landed = landed && entry.fill->landed[layer];
+      landed = core_->preloader.Visible(entry.fill.get(), layer) && landed;
     }
     if (landed) break;
   }
@@ -334,6 +337,7 @@ void SequenceImpl::Truncate() {
   }
   core_->policy->Release(over);
   entries_.erase(first, first + cut->num_blocks);
+  if (core_->tiers.copy != nullptr) core_->tiers.copy->OrderLoadsAfterCompute();
   if (cut->first_block < entries_.size() && entries_[cut->first_block].pin) {
     core_->directory.Detach(entries_[cut->first_block].pin.block().get());
   }
@@ -374,6 +378,7 @@ void SequenceImpl::End() {
   for (Entry& entry : entries_) Release(std::move(entry));
   entries_.clear();
   block_table_.clear();
+  if (core_->tiers.copy != nullptr) core_->tiers.copy->OrderLoadsAfterCompute();
   if (conversation_ != kNoConversation) {
     core_->policy->End(conversation_, turn_ ? &*turn_ : nullptr);
     core_->policy->Release(conversation_);

@@ -194,9 +194,11 @@ Result<bool> StoreCore::EraseTenant(std::string_view tenant) {
 void StoreCore::Drive(int64_t timeout_us) {
   if (tiers.copy != nullptr) {
     copied_.clear();
-    // With copies under way the wait is for them, and the disk is looked at after it.
-    const bool copying = tiers.copy->in_flight() > 0;
-    tiers.copy->Poll(&copied_, copying ? timeout_us : 0);
+    // With copies under way the wait is for them, and the disk is looked at after it; but a GPU
+    // waits for them by itself.
+    const bool copying = tiers.copy->in_flight() > 0 &&
+                         !(tiers.copy->computes_alone() && preloader.num_reads_in_flight() > 0);
+    if (tiers.copy->in_flight() > 0) tiers.copy->Poll(&copied_, copying ? timeout_us : 0);
     if (copying) timeout_us = 0;
     for (uint64_t tag : copied_) {
       (tag & kSaveTag) ? saver.OnCopy(tag) : preloader.OnLoad(tag);
@@ -213,6 +215,7 @@ void StoreCore::Drive(int64_t timeout_us) {
     if (!preloader.reads_waiting()) writes.Pump();
   }
   evictor.KeepReserve();
+  if (tiers.copy != nullptr) tiers.copy->Submit();
 }
 
 void StoreCore::TakeCompletions(int64_t timeout_us) {
@@ -337,6 +340,10 @@ StoreStats StoreCore::Stats() const {
   stats.resting_slots = writes.num_resting();
   stats.reads_in_flight = preloader.num_reads_in_flight();
   stats.writes_in_flight = writes.num_in_flight();
+  if (tiers.pinner != nullptr) {
+    stats.pinned_bytes = tiers.pinner->pinned_bytes();
+    stats.pin_failure = tiers.pinner->failure();
+  }
   stats.saves_waiting = writes.num_waiting() + saver.num_waiting() + saver.num_in_flight();
   return stats;
 }
