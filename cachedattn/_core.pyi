@@ -62,6 +62,7 @@ class AttentionStore:
         dtype: str,  # 'float32', 'bfloat16', 'float16'
         identity: bytes,  # 32 bytes
         model_name: str,
+        cuda_device: int,  # the GPU that has the device pool; -1: emulated
         device_bytes: int,
         dram_bytes: int,
         ssd_bytes: int,
@@ -99,6 +100,7 @@ class AttentionStore:
     def lookup(self, chain: Chain) -> CachedTokens: ...
     def begin(self, chain: Chain, max_history: int = ...) -> Sequence | None:
         """Takes the chain over. None: no room now, the chain stays usable."""
+    def use_stream(self, stream: int) -> None: ...  # cudaStream_t; nothing without a GPU
     def poll(self) -> None: ...
     def drain(self) -> bool: ...  # False: no save and no write was under way
     def flush(self) -> None: ...
