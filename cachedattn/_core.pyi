@@ -21,6 +21,10 @@ class ComputeCost:
     """What computing takes: steps of at most `step_tokens` tokens (0: not known), each of `step_s`
     seconds, `token_s` for each token and `pair_s` for each of the tokens before that one."""
 
+    step_tokens: int
+    step_s: float
+    token_s: float
+    pair_s: float
     def __init__(
         self,
         *,

@@ -223,7 +223,11 @@ void BindValues(py::module_& module) {
       });
   py::class_<ComputeCost>(module, "ComputeCost")
       .def(py::init<uint32_t, double, double, double>(), py::kw_only(), py::arg("step_tokens") = 0,
-           py::arg("step_s") = 0, py::arg("token_s") = 0, py::arg("pair_s") = 0);
+           py::arg("step_s") = 0, py::arg("token_s") = 0, py::arg("pair_s") = 0)
+      .def_readonly("step_tokens", &ComputeCost::step_tokens)
+      .def_readonly("step_s", &ComputeCost::step_s)
+      .def_readonly("token_s", &ComputeCost::token_s)
+      .def_readonly("pair_s", &ComputeCost::pair_s);
   py::class_<TraceEvent>(module, "TraceEvent")
       .def_readonly("time_ns", &TraceEvent::time_ns)
       .def_property_readonly(
@@ -321,8 +325,7 @@ void BindStore(py::module_& module) {
            py::arg("ssd_bytes"), py::arg("tenant_quota_bytes"), py::arg("path"),
            py::arg("master_key_file"), py::arg("policy"), py::arg("dram_reserve"), py::arg("io"),
            py::arg("io_depth"), py::arg("io_deadline_us"), py::arg("ssd_read_limit"),
-           py::arg("poison"),
-           py::arg("progress") = py::none())
+           py::arg("poison"), py::arg("progress") = py::none())
       .def_property_readonly("handle",
                              [](PyStore& self) {
                                self.get();

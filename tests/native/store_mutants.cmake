@@ -119,8 +119,11 @@ sim_mutant(save_not_awaited store/save.cc honest
   [=[save->num_landed < layout.num_layers) return;]=]
   [=[save->num_landed + 1 < layout.num_layers) return;]=])
 sim_mutant(layer_not_awaited store/sequence.cc honest
-  [=[landed = landed && entry.fill->landed[layer];]=]
-  [=[landed = landed && entry.fill->landed[0];]=])
+  [=[|| entry.fill->landed[layer]);]=]
+  [=[|| entry.fill->landed[0]);]=])
+sim_mutant(jumps_too_early store/sequence.cc honest
+  [=[if (recompute_end_ == 0 || context_len_ < recompute_end_) return;]=]
+  [=[if (recompute_end_ == 0) return;]=])
 sim_mutant(released_before_use store/preload.cc honest
   [=[  fill->status = status;]=]
   [=[  fill->status = status;
