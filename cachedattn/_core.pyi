@@ -13,8 +13,26 @@ class StoreError(RuntimeError):
     code: str
 
 class CachedTokens:
-    total: int  # longest reusable history, dropped tokens included
+    total: int  # longest reusable history, dropped tokens included, less `recomputed`
     by_tier: dict[str, int]  # {'device': n, 'dram': n, 'ssd': n}, tokens of the context
+    recomputed: int  # history that `begin` leaves to compute again: that is sooner
+
+class ComputeCost:
+    """What computing takes: steps of at most `step_tokens` tokens (0: not known), each of `step_s`
+    seconds, `token_s` for each token and `pair_s` for each of the tokens before that one."""
+
+    step_tokens: int
+    step_s: float
+    token_s: float
+    pair_s: float
+    def __init__(
+        self,
+        *,
+        step_tokens: int = 0,
+        step_s: float = 0,
+        token_s: float = 0,
+        pair_s: float = 0,
+    ) -> None: ...
 
 class Chain:
     """A request's tokens as block keys; append-only."""
@@ -26,7 +44,8 @@ class Chain:
         """Token ids of the context when `num_tokens` tokens are in it (cut blocks left out)."""
 
 class Sequence:
-    """A running turn."""
+    """A running turn. While history is computed again, `context_len` and `num_computed_tokens` end
+    before what is loaded, and `room` is what is left to compute."""
 
     id: int
     cached: CachedTokens
@@ -74,6 +93,7 @@ class AttentionStore:
         io: str,  # 'auto', 'uring', 'threads'
         io_depth: int,
         io_deadline_us: int,
+        ssd_read_limit: int,  # bytes a second; 0: none
         poison: bool,
         progress: Callable[[int, int], None] | None,
     ) -> None: ...
@@ -98,7 +118,9 @@ class AttentionStore:
     ) -> None: ...
     def set_queue(self, waiting: Seq[Chain]) -> None: ...
     def lookup(self, chain: Chain) -> CachedTokens: ...
-    def begin(self, chain: Chain, max_history: int = ...) -> Sequence | None:
+    def begin(
+        self, chain: Chain, max_history: int = ..., cost: ComputeCost = ...
+    ) -> Sequence | None:
         """Takes the chain over. None: no room now, the chain stays usable."""
     def use_stream(self, stream: int) -> None: ...  # cudaStream_t; nothing without a GPU
     def poll(self) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,13 +33,16 @@ class Batch:
     loads: list[Sequence] = field(default_factory=list)  # history still on its way
     saves: list[tuple[Sequence, int]] = field(default_factory=list)  # and how many new tokens
     failed: list[Sequence] = field(default_factory=list)  # load failed: the rows are garbage
+    waited_s: float = 0.0  # for loads
 
     def wait_layer(self, layer: int) -> None:
         """Returns when the history's `layer` is in the slots, or its sequence in `failed`."""
         if not self.loads:
             return
+        begin = time.perf_counter()
         self.failed += [sequence for sequence in self.loads if not sequence.wait_layer(layer)]
         self.loads = [s for s in self.loads if s not in self.failed and s.loading]
+        self.waited_s += time.perf_counter() - begin
 
     def layer_done(self, layer: int) -> None:
         """The new tokens' `layer` is in the slots."""

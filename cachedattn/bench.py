@@ -211,7 +211,7 @@ def run_ttft(
     with (
         tempfile.TemporaryDirectory(dir=".", prefix="cachedattn-bench-") as folder,
         baseline,
-        with_store(baseline, Path(folder) / "store") as store,
+        with_store(baseline, Path(folder) / "store", load="always") as store,
         progress_bar() as bar,
     ):
         io_report = store.store.io_report

@@ -262,13 +262,64 @@ def ttft(
     """
     from cachedattn.bench import run_ttft
 
+    raise typer.Exit(run_ttft(_lengths(history), new, repeats, model, dtype, threads, as_json))
+
+
+@bench_app.command()
+def load(
+    read_limit: Annotated[
+        str, typer.Option(help="Bytes a second that are read of the SSD, with commas; 0: no limit.")
+    ] = "0,100MB,50MB,25MB,12MB,6MB",
+    history: Annotated[
+        str, typer.Option(help="Lengths of the history in tokens, with commas.")
+    ] = "1500",
+    new: Annotated[int, typer.Option(min=1, help="New tokens.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians are printed.")] = 5,
+    model: Model = None,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time to first token from a cold SSD of several speeds: loaded, recomputed, what is chosen.
+
+    The three take turns, so that a slow minute of the machine hits them alike.
+    """
+    from cachedattn.bench_load import run_load
+
+    limits = read_limit.split(",")
+    run_load(limits, _lengths(history), new, repeats, model, dtype, threads, as_json)
+
+
+def _lengths(history: str) -> list[int]:
+    """The lengths in '1500,6000'."""
     try:
         lengths = [int(part) for part in history.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{history!r} is not a list of numbers") from None
     if min(lengths) < 1:
         raise typer.BadParameter("a history has at least 1 token")
-    raise typer.Exit(run_ttft(lengths, new, repeats, model, dtype, threads, as_json))
+    return lengths
+
+
+@bench_app.command()
+def timeline(
+    history: Annotated[int, typer.Option(min=1, help="Tokens of the history.")] = 6000,
+    new: Annotated[int, typer.Option(min=1, help="New tokens.")] = 64,
+    device: Annotated[
+        bool, typer.Option(help="With a device pool (emulated): DRAM -> device moves too.")
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Where to, without the suffix.")] = Path("timeline"),
+    model: Model = None,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+) -> None:
+    """One turn from a cold SSD as a chart: what computed and what moved, and when.
+
+    Writes a Chrome trace (OUTPUT.json) and a picture (OUTPUT.png).
+    """
+    from cachedattn.timeline import run_timeline
+
+    raise typer.Exit(run_timeline(history, new, device, output, model, dtype, threads))
 
 
 def user_error_text(error: Exception) -> str | None:

@@ -41,6 +41,10 @@ class StoreConfig:
     requests count, but are not refused.
     encrypt: file with a master key (`cachedattn keygen`); the SSD tier is encrypted under it.
     io_deadline: seconds after which the disk is not waited for any more.
+    ssd_read_limit: bytes a second that the SSD tier reads at most, for a disk that others use, too;
+    0 for no limit.
+    load: 'auto' computes history again instead of loading it, all or a part, where that is measured
+    to be sooner; 'always' loads.
     debug_poison: free slots hold NaN, so that a stray read shows; for tests, slow.
     """
 
@@ -56,10 +60,12 @@ class StoreConfig:
     io: str = "auto"
     io_depth: int = 256
     io_deadline: float = 2.0
+    ssd_read_limit: int | str = 0
+    load: str = "auto"
     debug_poison: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dram", "ssd", "device", "tenant_quota"):
+        for name in ("dram", "ssd", "device", "tenant_quota", "ssd_read_limit"):
             try:
                 parse_size(getattr(self, name))
             except ValueError as error:
@@ -75,6 +81,7 @@ class StoreConfig:
         check_choice("block_size", self.block_size, (16, 32, 64, 128))
         check_choice("policy", self.policy, ("lookahead", "hazard", "lru", "fifo"))
         check_choice("io", self.io, ("auto", "uring", "threads"))
+        check_choice("load", self.load, ("auto", "always"))
         if not 0 <= self.dram_reserve < 1:
             raise ValueError(f"dram_reserve must be in [0, 1), not {self.dram_reserve}")
         if not 1 <= self.io_depth <= 4096:

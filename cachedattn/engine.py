@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
@@ -194,7 +195,9 @@ class Engine:
         if not work:
             return []
         batch = make_batch(work, self.store)
+        begin = time.perf_counter()
         logits = self.model.forward(batch)  # layer by layer: wait, append, attend, save
+        self.scheduler.prefill.add(work, time.perf_counter() - begin - batch.waited_s)
         finished = []
         for request, first, num_tokens, rows in self._landed(work, batch, logits):
             request.sequence.append(request.tokens[first : first + num_tokens])

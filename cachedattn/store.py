@@ -13,9 +13,10 @@ from cachedattn import _core
 from cachedattn.config import KvLayout, StoreConfig, Truncation, parse_size
 
 if TYPE_CHECKING:
-    from cachedattn._core import CachedTokens, Chain, Sequence, TraceEvent
+    from cachedattn._core import CachedTokens, Chain, ComputeCost, Sequence, TraceEvent
 
 NO_LIMIT = 2**32 - 1
+UNKNOWN_COST = _core.ComputeCost()
 
 
 class AttentionStore:
@@ -54,6 +55,7 @@ class AttentionStore:
             io=config.io,
             io_depth=config.io_depth,
             io_deadline_us=round(config.io_deadline * 1e6),
+            ssd_read_limit=parse_size(config.ssd_read_limit),
             poison=config.debug_poison,
             progress=progress,
         )
@@ -119,9 +121,12 @@ class AttentionStore:
         """The longest reusable history of `chain`, and where it is."""
         return self._core.lookup(chain)
 
-    def begin(self, chain: Chain, max_history: int = NO_LIMIT) -> Sequence | None:
-        """Starts a turn over `chain` and the loads of its history; None: no room now."""
-        return self._core.begin(chain, max_history)
+    def begin(
+        self, chain: Chain, max_history: int = NO_LIMIT, cost: ComputeCost = UNKNOWN_COST
+    ) -> Sequence | None:
+        """Starts a turn over `chain` and the loads of its history; None: no room now. With a `cost`
+        it loads only what is sooner loaded than computed again, by the rates measured so far."""
+        return self._core.begin(chain, max_history, cost)
 
     def poll(self) -> None:
         """Lets finished I/O take effect and starts what is due. Never blocks."""

@@ -89,6 +89,7 @@ class ModelSsd final : public SsdTier {
   KeyRing* keys() const override { return nullptr; }
   StoreCounters counters() const override { return {}; }
   uint64_t bytes_read() const override { return bytes_read_; }
+  double read_rate() const override { return model_.read_bytes_s; }
   uint64_t bytes_written() const override { return bytes_written_; }
   uint64_t checksum_failures() const override { return 0; }
   const char* io_name() const override { return "model"; }

@@ -6,6 +6,7 @@
 #include <new>
 #include <system_error>
 
+#include "csrc/io/io_queue.h"
 #include "csrc/store/open_store.h"
 #include "csrc/store/sequence.h"
 #include "csrc/store/store_core.h"
@@ -38,6 +39,14 @@ Status Validate(const StoreOptions& options) {
   }
   if (options.io_depth < 8 || options.io_depth > 4096) {
     return Invalid("io_depth: must be from 8 to 4096, got " + std::to_string(options.io_depth));
+  }
+  // The disk gets so much at a time, and has to answer within the deadline.
+  const double at_once = 2.0 * IoQueue::kMaxBytes;
+  if (options.ssd_read_limit != 0 &&
+      at_once * 1e6 > 1.0 * options.ssd_read_limit * options.io_deadline_us) {
+    return Invalid("ssd_read_limit: " + std::to_string(options.ssd_read_limit) +
+                   " bytes/s needs an io_deadline of " +
+                   std::to_string(at_once / options.ssd_read_limit) + " s or more");
   }
   return Status();
 }
@@ -112,10 +121,10 @@ class StoreImpl final : public AttentionStore {
         chain, FindHistory(core_->directory, chain, chain.num_tokens() - 1, core_->tiers.ssd_on));
   }
 
-  Result<std::unique_ptr<Sequence>> Begin(std::shared_ptr<Chain> chain,
-                                          uint32_t max_history) override {
+  Result<std::unique_ptr<Sequence>> Begin(std::shared_ptr<Chain> chain, uint32_t max_history,
+                                          const ComputeCost& cost) override {
     const MemoryReserve::Use use(&core_->memory);
-    return SequenceImpl::Begin(core_, std::move(chain), max_history);
+    return SequenceImpl::Begin(core_, std::move(chain), max_history, cost);
   }
 
   void Poll() override {
@@ -216,7 +225,9 @@ Result<std::unique_ptr<AttentionStore>> OpenAll(const StoreOptions& options) {
                            .identity = options.identity,
                            .model_name = options.model_name,
                            .max_bytes = options.ssd_bytes,
-                           .io = {.kind = options.io, .depth = options.io_depth},
+                           .io = {.kind = options.io,
+                                  .depth = options.io_depth,
+                                  .read_bytes_per_s = options.ssd_read_limit},
                            .io_deadline_us = options.io_deadline_us,
                            .clock = options.clock};
     if (!options.master_key_file.empty()) {

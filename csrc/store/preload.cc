@@ -37,10 +37,11 @@ std::vector<std::pair<uint32_t, uint32_t>> LayerGroups(const KvLayout& layout) {
 
 }  // namespace
 
-Preloader::Preloader(Tiers* tiers, Directory* directory, Trace* trace)
+Preloader::Preloader(Tiers* tiers, Directory* directory, Trace* trace, const Clock* clock)
     : tiers_(tiers),
       directory_(directory),
       trace_(trace),
+      clock_(clock),
       groups_(LayerGroups(tiers->layout)),
       reads_(tiers->layout.num_layers),
       loads_(tiers->layout.num_layers) {}
@@ -86,6 +87,7 @@ FillRef Preloader::StartPrivateRead(const BlockRef& block, Slot slot, uint64_t s
 }
 
 void Preloader::QueueRead(const FillRef& fill, bool whole) {
+  read_bytes_waiting_ += tiers_->layout.payload_bytes();
   if (whole) {
     reads_.Push(0, {fill, 0, tiers_->layout.num_layers});
     fill->pieces_left = 1;
@@ -120,6 +122,23 @@ void Preloader::Follow(const FillRef& fill) {
   }
 }
 
+bool Preloader::Estimate(std::span<const BlockRef> blocks, TurnLoad* turn) const {
+  const auto seconds = [](uint64_t bytes, double rate) { return rate > 0 ? bytes / rate : 0; };
+  const uint64_t bytes = tiers_->layout.payload_bytes();
+  const double read_rate = tiers_->ssd != nullptr ? tiers_->ssd->read_rate() : 0;
+  const double copy_s = tiers_->device ? seconds(bytes, load_rate_.rate(clock_->NowNs())) : 0;
+  const Tier pool = tiers_->pool_tier();
+  turn->wait_s = seconds(read_bytes_waiting_ + read_bytes_in_flight_, read_rate);
+  for (const BlockRef& block : blocks) {
+    const bool reading = pool == Tier::kDevice && !block->absent(pool);
+    const bool read = block->absent(Tier::kDram) && block->absent(pool);
+    if (read && read_rate == 0) return false;
+    const double read_s = read ? seconds(bytes, read_rate) : 0;
+    turn->blocks.push_back({block->ready(pool), std::max(read_s, reading ? 0 : copy_s)});
+  }
+  return true;
+}
+
 void Preloader::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {
   for (const auto& weak : private_fills_) {
     const FillRef fill = weak.lock();
@@ -133,6 +152,14 @@ void Preloader::Pump() {
                                                  read_bytes_in_flight_ < kMaxReadBytesInFlight))) {
     StartReadPiece(reads_.Pop());
   }
+  if (tiers_->copy != nullptr) StartLoads();
+}
+
+void Preloader::StartLoads() {
+  const int64_t now_ns = clock_->NowNs();
+  const bool idle = num_loads_in_flight_ == 0;
+  load_rate_.Look(now_ns, now_ns, std::exchange(loaded_bytes_, 0), idle);
+  if (idle && !loads_.empty()) load_rate_.Begin(now_ns);
   while (!loads_.empty() && num_loads_in_flight_ < tiers_->copy->load_depth()) {
     Piece piece = loads_.Pop();
     if (!piece.fill->status.ok()) {
@@ -169,6 +196,8 @@ bool Preloader::Visible(Fill* fill, uint32_t layer) {
 }
 
 void Preloader::StartReadPiece(Piece piece) {
+  const uint64_t bytes = piece.num_layers * tiers_->layout.slice_stride();
+  read_bytes_waiting_ -= bytes;
   if (!tiers_->ssd_on) Fail(piece.fill.get(), Status(Code::kIo, "the SSD tier is off"));
   const Fill& fill = *piece.fill;
   if (!fill.status.ok()) {
@@ -184,7 +213,7 @@ void Preloader::StartReadPiece(Piece piece) {
   std::byte* const target = fill.target;
   started_.emplace(tag, std::move(piece));
   ++num_reads_in_flight_;
-  read_bytes_in_flight_ += num_layers * tiers_->layout.slice_stride();
+  read_bytes_in_flight_ += bytes;
   tiers_->ssd->StartRead(slot, header, first_layer, num_layers, target, tag);
 }
 
@@ -223,6 +252,7 @@ void Preloader::OnLoad(uint64_t tag) {
   CA_CHECK(!node.empty());
   const Piece& piece = node.mapped();
   --num_loads_in_flight_;
+  loaded_bytes_ += tiers_->layout.slice_stride();
   trace_->Add(TraceKind::kLoadEnd, piece.fill->sequence, piece.first_layer, 1,
               piece.fill->source.slot());
   Landed(piece);

@@ -49,7 +49,7 @@ StoreCore::StoreCore(const StoreOptions& store_options, Tiers&& opened)
       directory(options.layout.block_size, policy.get()),
       writes(&tiers, &directory, policy.get(), &trace, options.clock),
       evictor(&tiers, &directory, policy.get(), &writes, &trace, ReserveSlots(options, tiers)),
-      preloader(&tiers, &directory, &trace),
+      preloader(&tiers, &directory, &trace, options.clock),
       saver(&tiers, &directory, &evictor, &trace, options.keep_on_device),
       prefetcher(&tiers, &directory, policy.get(), &evictor, &preloader),
       health(options.clock) {
@@ -324,9 +324,11 @@ StoreStats StoreCore::Stats() const {
   stats.tokens_from[0] = counters.tokens_from_device;
   stats.tokens_from[1] = counters.tokens_from_dram;
   stats.tokens_from[2] = counters.tokens_from_ssd;
+  stats.tokens_recomputed = tokens_recomputed;
   if (tiers.ssd != nullptr) {
     stats.ssd_bytes_read = tiers.ssd->bytes_read();
     stats.ssd_bytes_written = tiers.ssd->bytes_written();
+    stats.ssd_read_rate = tiers.ssd->read_rate();
     stats.checksum_failures = tiers.ssd->checksum_failures();
     stats.ssd_state = tiers.ssd_on ? "on" : "off";
     stats.ssd_report = health.report();

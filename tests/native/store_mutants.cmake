@@ -121,6 +121,9 @@ sim_mutant(save_not_awaited store/save.cc honest
 sim_mutant(layer_not_awaited store/sequence.cc honest
   [=[Visible(entry.fill.get(), layer) && landed;]=]
   [=[Visible(entry.fill.get(), 0) && landed;]=])
+sim_mutant(jumps_too_early store/sequence.cc honest
+  [=[if (recompute_end_ == 0 || context_len_ < recompute_end_) return;]=]
+  [=[if (recompute_end_ == 0) return;]=])
 sim_mutant(released_before_use store/preload.cc honest
   [=[  fill->status = status;]=]
   [=[  fill->status = status;
