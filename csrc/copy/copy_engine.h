@@ -32,6 +32,9 @@ class CopyEngine {
   virtual void Poll(std::vector<uint64_t>* tags, int64_t timeout_us) = 0;
 
   virtual uint32_t in_flight() const = 0;
+
+  // False: a model that takes time alone. Memory that nobody writes is never taken.
+  virtual bool moves_bytes() const { return true; }
 };
 
 std::unique_ptr<CopyEngine> NewHostCopyEngine();

@@ -58,7 +58,7 @@ void Directory::SetOwner(Block* block, Conversation owner) {
 void Directory::Detach(Block* block) {
   if (!block->follows) return;
   for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
-    if (CountsAsFollower(*block, tier)) CountFollower(*block, tier, -1);
+    if (CountsAsFollower(*block, tier)) CountFollower(block, tier, -1);
   }
   block->follows = false;
 }
@@ -129,7 +129,7 @@ void Directory::Unlist(Block* block) {
     followers[t] = std::exchange(block->copies[t].followers, 0);
   }
   for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
-    if (CountsAsFollower(*block, tier)) CountFollower(*block, tier, -1);
+    if (CountsAsFollower(*block, tier)) CountFollower(block, tier, -1);
     if (block->copy(tier).listed) Delist(block, tier);
     num_idle_[Index(tier)] -= IsIdle(*block, tier);
   }
@@ -163,21 +163,21 @@ void Directory::Change(Block* block, Tier tier, const auto& change) {
   // One that was leaving and is not any more was the first to go, and is so again.
   Enlist(block, tier, leaving ? End::kFront : End::kBack);
   const int more = CountsAsFollower(*block, tier) - followed;
-  if (more != 0) CountFollower(*block, tier, more);
+  if (more != 0) CountFollower(block, tier, more);
 }
 
-void Directory::CountFollower(const Block& block, Tier tier, int more) {
-  const auto it = blocks_.find(block.parent);
-  if (it != blocks_.end()) {
-    Block* parent = it->get();
-    parent->copy(tier).followers += more;
-    if (parent->copy(tier).listed) Delist(parent, tier);
-    Enlist(parent, tier, End::kFront);  // it goes right after what has followed it
+void Directory::CountFollower(Block* block, Tier tier, int more) {
+  BlockRef before = block->before.lock();
+  if (before == nullptr || !before->listed) block->before = before = Find(block->parent);
+  if (before != nullptr) {
+    before->copy(tier).followers += more;
+    if (before->copy(tier).listed) Delist(before.get(), tier);
+    Enlist(before.get(), tier, End::kFront);  // it goes right after what has followed it
     return;
   }
-  auto& followers = orphans_[block.parent];
+  auto& followers = orphans_[block->parent];
   followers[Index(tier)] += more;
-  if (followers == std::array<uint32_t, kNumTiers>{}) orphans_.erase(block.parent);
+  if (followers == std::array<uint32_t, kNumTiers>{}) orphans_.erase(block->parent);
 }
 
 Directory::List* Directory::ListOf(const Block& block, Tier tier) {

@@ -176,7 +176,7 @@ class Directory {
   void Change(Block* block, Tier tier, const auto& change);
   static bool CountsAsFollower(const Block& block, Tier tier);
   static bool IsIdle(const Block& block, Tier tier);
-  void CountFollower(const Block& block, Tier tier, int more);
+  void CountFollower(Block* block, Tier tier, int more);
   List* ListOf(const Block& block, Tier tier);
   void Enlist(Block* block, Tier tier, End end);
   void Delist(Block* block, Tier tier);
