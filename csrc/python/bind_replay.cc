@@ -82,11 +82,11 @@ py::dict Play(const PyReplay& self, const std::string& policy, uint64_t dram_byt
                         .ssd = {ssd_read_bytes_s, ssd_write_bytes_s, ssd_latency_s},
                         .copy_bytes_s = copy_bytes_s};
   std::exception_ptr error;  // of `progress`
-  options.progress = [&](size_t done) {
+  options.progress = [&](const ReplayProgress& done) {
     const py::gil_scoped_acquire acquire;
     try {
       if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-      if (!progress.is_none()) progress(done);
+      if (!progress.is_none()) progress(done.ended);
       return true;
     } catch (...) {
       error = std::current_exception();

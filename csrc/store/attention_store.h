@@ -103,7 +103,8 @@ struct TierStats {
 struct StoreStats {
   TierStats tiers[kNumTiers];
   uint64_t turns = 0, tokens_requested = 0;
-  uint64_t tokens_from[kNumTiers] = {};  // reused history tokens, by serving tier
+  uint64_t conversations = 0, blocks = 0;  // of which something is held
+  uint64_t tokens_from[kNumTiers] = {};    // reused history tokens, by serving tier
   uint64_t ssd_bytes_read = 0, ssd_bytes_written = 0;
   uint64_t evictions[kNumTiers] = {};
   uint64_t failed_loads = 0, checksum_failures = 0, failed_saves = 0;
