@@ -81,7 +81,7 @@ class Player {
     return next_s == kNoTime ? kNever : Ns(next_s);
   }
   void PlayMoment(int64_t now_ns);
-  bool Report();
+  bool Report(uint64_t every);
 
   static uint64_t NameOf(const Turn& turn) { return turn.session + 1; }
 
@@ -278,8 +278,8 @@ void Player::PlayMoment(int64_t now_ns) {
 }
 
 // False: the replay is given up.
-bool Player::Report() {
-  if (!options_.progress || num_ended_ < num_reported_ + kProgressEvery) return true;
+bool Player::Report(uint64_t every) {
+  if (!options_.progress || num_ended_ < num_reported_ + every) return true;
   num_reported_ = num_ended_;
   const StoreStats stats = store_->stats();
   return options_.progress({.ended = num_ended_,
@@ -300,8 +300,9 @@ Result<ReplayTotals> Player::Run() {
     } else {
       PlayMoment(scheduled_ns);
     }
-    if (!Report()) return Status(Code::kClosed, "the replay was given up");
+    if (!Report(kProgressEvery)) return Status(Code::kClosed, "the replay was given up");
   }
+  if (!Report(1)) return Status(Code::kClosed, "the replay was given up");
   CA_CHECK(num_ended_ == num_arrived_);
   const StoreStats stats = store_->stats();
   totals_.ssd_bytes_read = stats.ssd_bytes_read;

@@ -37,7 +37,7 @@ BlockRef Directory::Insert(uint32_t tenant, const BlockKey& key, const BlockKey&
     for (uint32_t t = 0; t < kNumTiers; ++t) block->copies[t].followers = node.mapped()[t];
   }
   CA_CHECK(blocks_.insert(block).second);
-  if (part_filled(*block)) partials_.insert(block.get());
+  if (part_filled(*block)) ++partials_[parent][num_tokens];
   SetOwner(block.get(), owner);
   return block;
 }
@@ -65,6 +65,14 @@ void Directory::Detach(Block* block) {
 
 Block* Directory::Last(Conversation conversation, Tier tier) const {
   return conversation < last_.size() ? last_[conversation][Index(tier)].first : nullptr;
+}
+
+std::vector<uint32_t> Directory::PartialLengths(const BlockKey& parent) const {
+  std::vector<uint32_t> lengths;
+  const auto it = partials_.find(parent);
+  if (it == partials_.end()) return lengths;
+  for (const auto& [length, count] : it->second) lengths.push_back(length);
+  return lengths;
 }
 
 bool Directory::ends_chain(const Block& block) const {
@@ -136,8 +144,9 @@ void Directory::Unlist(Block* block) {
   block->listed = false;
   policy_->Release(std::exchange(block->owner, kNoConversation));
   if (part_filled(*block)) {
-    const auto [first, last] = partials_.equal_range(block->parent);
-    partials_.erase(std::find(first, last, block));
+    const auto it = partials_.find(block->parent);
+    if (--it->second.at(block->num_tokens) == 0) it->second.erase(block->num_tokens);
+    if (it->second.empty()) partials_.erase(it);
   }
   replaced_.erase(block);
   const BlockKey key = block->key;
@@ -307,8 +316,14 @@ void Directory::CheckInvariants(std::vector<SlotId> (*places)[kNumTiers]) const 
     }
   }
   CA_CHECK(num_orphaned == orphans_.size());
-  for (const Block* block : partials_) CA_CHECK(block->listed && part_filled(*block));
-  CA_CHECK(num_partials == partials_.size());
+  for (const auto& [parent, lengths] : partials_) {
+    CA_CHECK(!lengths.empty());
+    for (const auto& [length, count] : lengths) {
+      CA_CHECK(count > 0);
+      num_partials -= count;
+    }
+  }
+  CA_CHECK(num_partials == 0);
   for (const auto& [block, tails] : replaced_) CA_CHECK(block->listed && !tails.empty());
   for (uint32_t t = 0; t < kNumTiers; ++t) {
     CA_CHECK(pinned[t] == num_pinned_[t] && idle[t] == num_idle_[t]);
