@@ -87,6 +87,10 @@ def simulate(
     `progress` is called with the number of conversations that have ended. ValueError names the
     option that is out of range.
     """
+    granularity = granularity or granularity_for(shape)
+    block = granularity * hardware.token_bytes * _core.Replay.block_size
+    if 0 < ssd < block:
+        raise ValueError(f"ssd: {ssd} bytes hold no block of {block}; try a finer --granularity")
     steps = Steps(shape.conversations)
 
     def report(now: dict[str, int]) -> None:
@@ -97,7 +101,7 @@ def simulate(
     begin_s = time.perf_counter()
     result = _core.play_generated(
         **asdict(shape),
-        granularity=granularity or granularity_for(shape),
+        granularity=granularity,
         policy=policy,
         dram_bytes=dram,
         ssd_bytes=ssd,
