@@ -156,6 +156,31 @@ def erase_tenant(path: str, master_key_file: str, tenant: str) -> bool:
 
 def check_policy(name: str) -> None: ...  # ValueError: there is no such policy of a replay
 
+def play_generated(
+    *,
+    conversations: int,
+    seed: int,
+    turns: float,  # means, as those that follow: turns of a conversation, tokens that a turn adds
+    prompt: float,
+    answer: float,
+    think_s: float,
+    context: int,  # tokens, at which a conversation ends
+    slots: int,
+    load: float,
+    granularity: int,
+    policy: str,
+    dram_bytes: int,
+    ssd_bytes: int,
+    token_bytes: int,
+    dram_reserve: float,
+    ssd_read_bytes_s: float,
+    ssd_write_bytes_s: float,
+    ssd_latency_s: float,
+    copy_bytes_s: float,
+    progress: Callable[[dict[str, int]], None] | None = None,  # what it raises ends the replay
+) -> dict[str, Any]:
+    """Plays generated conversations; what they found in sums, as by `cachedattn.simulate`."""
+
 class Replay:
     """A trace's requests and their schedule on a server; the columns are of one length.
 

@@ -242,6 +242,58 @@ def replay(
     run_replay(ReplayArgs(**given))
 
 
+@app.command()
+def simulate(
+    conversations: Annotated[int, typer.Argument(min=1, help="How many to generate.")],
+    turns: Annotated[float, typer.Option(help="Mean turns of a conversation (geometric).")] = 3.0,
+    prompt: Annotated[
+        float, typer.Option(help="Mean tokens that a turn's prompt adds (lognormal).")
+    ] = 300.0,
+    answer: Annotated[float, typer.Option(help="Mean tokens of an answer (lognormal).")] = 500.0,
+    think: Annotated[
+        float, typer.Option(help="Mean seconds from an answer to the next turn (exponential).")
+    ] = 60.0,
+    context: Annotated[
+        int, typer.Option(help="Tokens; a conversation ends when another turn might not fit.")
+    ] = 32768,
+    load: Annotated[
+        float, typer.Option(help="Work offered per slot; says how often conversations arrive.")
+    ] = 0.95,
+    slots: Annotated[int, typer.Option(min=1, help="Turns that run at one time.")] = 24,
+    policy: Annotated[str, typer.Option(help="Policies with commas, as in replay.")] = "hazard",
+    dram: Annotated[str, typer.Option(help="Size of the DRAM tier.")] = "128GB",
+    ssd: Annotated[str, typer.Option(help="Size of the SSD tier; 0: none.")] = "10TB",
+    model: Annotated[
+        str, typer.Option(help="llama-8b, -13b, -65b or -70b, or bytes of KV per token.")
+    ] = "llama-13b",
+    ssd_read: Annotated[str, typer.Option(help="Read rate of the SSD, a second.")] = "5GB",
+    ssd_write: Annotated[str, typer.Option(help="Write rate of the SSD, a second.")] = "3GB",
+    copy: Annotated[
+        str, typer.Option(help="Rate between DRAM and device, a second; 0: takes no time.")
+    ] = "0",
+    granularity: Annotated[
+        int, typer.Option(min=0, help="Tokens that are moved as one. Default: by mean lengths.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Play generated conversations, any number of them, through the store in virtual time.
+
+    They arrive at random and are drawn as they come up, so memory is bounded by what lives and
+    what the modelled tiers hold. Prints what replay prints of a trace where it makes sense, and
+    what the store's decisions took: turns a second, CPU time a turn and memory, early and late.
+    """
+    from cachedattn.cli_replay import hardware_of
+    from cachedattn.cli_simulate import run_simulate
+    from cachedattn.config import parse_size
+    from cachedattn.simulate import Shape
+
+    shape = Shape(conversations, turns, prompt, answer, think, context, slots, load, seed)
+    hardware = hardware_of(model, ssd_read, ssd_write, copy)
+    sizes = (parse_size(dram), parse_size(ssd))
+    run_simulate(shape, hardware, policy, *sizes, granularity, as_json)
+
+
 @bench_app.command()
 def ttft(
     history: Annotated[

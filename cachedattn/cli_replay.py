@@ -108,13 +108,13 @@ def tiers(args: ReplayArgs, footprint: int) -> list[tuple[int, int]]:
     return [(dram, size - dram) for size in sizes]
 
 
-def hardware_of(args: ReplayArgs) -> Hardware:
+def hardware_of(model: str, ssd_read: str, ssd_write: str, copy: str) -> Hardware:
     """The modelled devices."""
-    rates = {name: parse_size(getattr(args, name)) for name in ("ssd_read", "ssd_write", "copy")}
-    for name in ("ssd_read", "ssd_write"):
-        if not rates[name]:
+    rates = {"ssd_read": parse_size(ssd_read), "ssd_write": parse_size(ssd_write)}
+    for name, rate in rates.items():
+        if not rate:
             raise ValueError(f"--{name.replace('_', '-')}: must be above 0")
-    return Hardware(token_bytes=token_bytes(args.model), **rates)
+    return Hardware(token_bytes=token_bytes(model), copy=parse_size(copy), **rates)
 
 
 def server_of(args: ReplayArgs) -> Server:
@@ -134,7 +134,8 @@ def prepare(args: ReplayArgs) -> tuple[Trace, Replayer, list[Cell]]:
     policies = parts(args.policy, "--policy")
     for policy in policies:
         _core.check_policy(policy)
-    server, hardware = server_of(args), hardware_of(args)
+    server = server_of(args)
+    hardware = hardware_of(args.model, args.ssd_read, args.ssd_write, args.copy)
     load_values = loads(args, server)
     trace = read_trace(args.trace)
     if trace.relative:

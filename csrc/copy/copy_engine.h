@@ -35,6 +35,9 @@ class CopyEngine {
 
   virtual uint32_t in_flight() const = 0;
 
+  // False: a model that takes time alone. Memory that nobody writes is never taken.
+  virtual bool moves_bytes() const { return true; }
+
   // Loads to have in flight: enough to keep the stream busy, few enough that a lower layer that
   // arrives late does not wait behind many higher ones.
   virtual uint32_t load_depth() const { return 16; }

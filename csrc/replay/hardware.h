@@ -122,6 +122,7 @@ class ModelCopy final : public CopyEngine {
   void Enqueue(const CopyRequest& request) override;
   void Poll(std::vector<uint64_t>* tags, int64_t timeout_us) override;
   uint32_t in_flight() const override { return streams_[0].size() + streams_[1].size(); }
+  bool moves_bytes() const override { return false; }
 
  private:
   const int64_t copy_ns_;

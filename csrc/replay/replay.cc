@@ -5,7 +5,9 @@
 #include <list>
 #include <memory>
 #include <sstream>
+#include <unordered_map>
 
+#include "csrc/replay/trace_source.h"
 #include "csrc/store/open_store.h"
 
 namespace cachedattn {
@@ -40,21 +42,31 @@ class WaitingQueue {
 
 class Player {
  public:
-  Player(const TokenTree& tree, const Schedule& schedule, const ReplayOptions& options);
+  Player(Source* source, const ReplayOptions& options) : source_(source), options_(options) {}
 
   Status Open();
-  Result<ReplayResult> Run();
+  Result<ReplayTotals> Run();
 
  private:
   // A request from its arrival to its end.
-  struct Turn {
+  struct Live {
+    Turn turn;
     std::shared_ptr<Chain> chain;
     std::unique_ptr<Sequence> sequence;
+    int64_t start_ns = 0;
+    TurnResult result;
+  };
+  // A session from its first arrival to the end of its last turn: the chain of the turn that ended
+  // last, and which one that was.
+  struct Session {
+    std::shared_ptr<Chain> chain;
+    int32_t last = kNoRequest;
+    uint32_t turns = 0;  // that have arrived and not ended
+    bool over = false;   // no other will arrive
   };
 
-  uint64_t NameOf(uint32_t r) const { return uint64_t{workload_[r].session} + 1; }
   void Arrive(uint32_t r);
-  std::shared_ptr<Chain> ChainOf(uint32_t r);
+  std::shared_ptr<Chain> ChainOf(uint32_t r, Session* session);
   void Start(uint32_t r);
   bool Begin(uint32_t r, uint32_t max_history);
   bool End(uint32_t r);
@@ -64,11 +76,16 @@ class Player {
   int64_t NextDeviceNs() const {
     return std::min(ssd_ ? ssd_->next_ns() : kNever, copy_->next_ns());
   }
+  int64_t NextScheduledNs() const {
+    const double next_s = source_->next_s();
+    return next_s == kNoTime ? kNever : Ns(next_s);
+  }
   void PlayMoment(int64_t now_ns);
+  bool Report(uint64_t every);
 
-  const TokenTree& tree_;
-  const Workload& workload_;
-  const Schedule& schedule_;
+  static uint64_t NameOf(const Turn& turn) { return turn.session + 1; }
+
+  Source* const source_;
   const ReplayOptions& options_;
   VirtualClock clock_;
   ModelSsd* ssd_ = nullptr;  // of the store; nullptr: no SSD tier
@@ -77,53 +94,20 @@ class Player {
 
   bool tell_over_ = false;  // when a session has had its last turn
 
-  std::vector<Turn> turns_;
-  // By session: the chain of its last turn that has ended, which turn that was, and how many are to
-  // come.
-  struct Session {
-    std::shared_ptr<Chain> chain;
-    int32_t last = kNoRequest;
-    uint32_t turns_left = 0;
-  };
-  std::vector<Session> sessions_;
+  std::vector<Live> live_;  // by request
+  std::unordered_map<uint64_t, Session> sessions_;
+  std::vector<Event> events_;  // of this moment
   WaitingQueue queue_;
   bool queue_changed_ = false;
   std::list<uint32_t> no_room_;  // started, but there was no room for their history
   std::list<uint32_t> loading_;  // their history is on its way
   std::list<uint32_t> due_;      // their completion has come, but not all of their history
-  size_t next_arrival_ = 0, next_start_ = 0, next_completion_ = 0, num_ended_ = 0;
-  ReplayResult result_;
+  uint64_t num_arrived_ = 0, num_ended_ = 0, num_reported_ = 0;
+  ReplayTotals totals_;
 };
 
-Player::Player(const TokenTree& tree, const Schedule& schedule, const ReplayOptions& options)
-    : tree_(tree),
-      workload_(tree.workload()),
-      schedule_(schedule),
-      options_(options),
-      turns_(tree.size()),
-      sessions_(tree.size()) {
-  for (const Request& request : workload_) ++sessions_[request.session].turns_left;
-  result_.hit_tokens.resize(tree.size());
-  result_.dram_tokens.resize(tree.size());
-  result_.load_s.resize(tree.size());
-}
-
-// The most requests that run at one time.
-uint32_t MaxRunning(const Schedule& schedule) {
-  uint32_t most = 0, running = 0;
-  size_t completed = 0;
-  for (uint32_t r : schedule.by_arrival) {
-    for (; schedule.completion[schedule.by_completion[completed]] <= schedule.start[r];
-         ++completed) {
-      --running;
-    }
-    most = std::max(most, ++running);
-  }
-  return most;
-}
-
 Status Player::Open() {
-  const uint64_t token_bytes = options_.token_bytes * tree_.granularity();
+  const uint64_t token_bytes = options_.token_bytes * source_->granularity();
   const uint64_t block_bytes = token_bytes * TokenTree::kBlockSize;
   const auto slots = [&](uint64_t bytes) {
     return std::min<uint64_t>(bytes / block_bytes, 1 << 30);
@@ -141,8 +125,9 @@ Status Player::Open() {
   store.dram_reserve = options_.dram_reserve;
   store.dram_bytes = slots(options_.dram_bytes) * kLayout.host_slot_bytes();
   // Twice what can run: turns that ended may still wait to be saved.
-  const uint64_t context = kLayout.num_blocks(tree_.max_context()) + 1;
-  store.device_bytes = 2 * (MaxRunning(schedule_) + 1) * context * kLayout.payload_bytes();
+  const uint64_t context = kLayout.num_blocks(source_->max_context()) + 1;
+  store.device_bytes =
+      2 * (source_->max_running() + uint64_t{1}) * context * kLayout.payload_bytes();
   store.clock = &clock_;
   std::unique_ptr<ModelSsd> ssd;
   if (options_.ssd_bytes != 0) {
@@ -159,21 +144,27 @@ Status Player::Open() {
 }
 
 // A turn that goes on where the session's last one ended extends that one's chain.
-std::shared_ptr<Chain> Player::ChainOf(uint32_t r) {
-  Session& session = sessions_[workload_[r].session];
-  const bool goes_on = session.chain != nullptr && session.last == workload_[r].parent &&
-                       tree_.shared(r) == tree_.total(session.last);
-  std::shared_ptr<Chain> chain =
-      goes_on ? std::move(session.chain) : store_->NewChain("", tree_.truncation(), NameOf(r));
-  chain->Append(tree_.Tokens(r, chain->num_tokens(), tree_.prompt(r)));
-  session.chain.reset();
+std::shared_ptr<Chain> Player::ChainOf(uint32_t r, Session* session) {
+  const Turn& turn = live_[r].turn;
+  const bool goes_on = session->chain != nullptr && session->last == turn.goes_on_from;
+  std::shared_ptr<Chain> chain = goes_on
+                                     ? std::move(session->chain)
+                                     : store_->NewChain("", source_->truncation(), NameOf(turn));
+  chain->Append(source_->Tokens(r, chain->num_tokens(), turn.prompt));
+  session->chain.reset();
   return chain;
 }
 
 void Player::Arrive(uint32_t r) {
-  turns_[r].chain = ChainOf(r);
-  queue_.Join(turns_[r].chain);
+  if (r >= live_.size()) live_.resize(r + 1);
+  const Turn turn = live_[r].turn = source_->turn(r);
+  Session& session = sessions_[turn.session];
+  ++session.turns;
+  session.over = session.over || turn.last;
+  live_[r].chain = ChainOf(r, &session);
+  queue_.Join(live_[r].chain);
   queue_changed_ = true;
+  ++num_arrived_;
 }
 
 void Player::Start(uint32_t r) {
@@ -183,69 +174,72 @@ void Player::Start(uint32_t r) {
 }
 
 bool Player::Begin(uint32_t r, uint32_t max_history) {
-  auto begun = store_->Begin(turns_[r].chain, max_history);
+  Live& live = live_[r];
+  auto begun = store_->Begin(live.chain, max_history);
   if (!begun.ok()) {
     CA_CHECK(begun.status().code() == Code::kExhausted);
     return false;
   }
-  turns_[r].sequence = std::move(begun.value());
-  const CachedTokens& cached = turns_[r].sequence->cached();
-  result_.dram_tokens[r] = cached.by_tier[static_cast<int>(Tier::kDevice)] +
-                           cached.by_tier[static_cast<int>(Tier::kDram)];
-  result_.hit_tokens[r] = result_.dram_tokens[r] + cached.by_tier[static_cast<int>(Tier::kSsd)];
-  if (turns_[r].sequence->loading()) loading_.push_back(r);
+  live.sequence = std::move(begun.value());
+  const CachedTokens& cached = live.sequence->cached();
+  live.result.dram_tokens = cached.by_tier[static_cast<int>(Tier::kDevice)] +
+                            cached.by_tier[static_cast<int>(Tier::kDram)];
+  live.result.hit_tokens = live.result.dram_tokens + cached.by_tier[static_cast<int>(Tier::kSsd)];
+  if (live.sequence->loading()) loading_.push_back(r);
   return true;
 }
 
 // Looks which histories are there by now.
 void Player::NoteLoads() {
   std::erase_if(loading_, [&](uint32_t r) {
-    if (turns_[r].sequence->loading()) return false;
-    result_.load_s[r] = 1e-9 * static_cast<double>(clock_.NowNs() - Ns(schedule_.start[r]));
+    if (live_[r].sequence->loading()) return false;
+    live_[r].result.load_s = 1e-9 * static_cast<double>(clock_.NowNs() - live_[r].start_ns);
     return true;
   });
 }
 
 // The turn's new tokens, prompt and answer, in as many steps as the window asks for.
 Status Player::Compute(uint32_t r) {
-  Sequence& sequence = *turns_[r].sequence;
-  while (sequence.num_computed_tokens() < tree_.total(r)) {
+  Sequence& sequence = *live_[r].sequence;
+  const uint32_t total = live_[r].turn.total;
+  while (sequence.num_computed_tokens() < total) {
     if (sequence.room() == 0) sequence.Truncate();
     const uint32_t first = sequence.num_computed_tokens();
-    const uint32_t tokens = std::min(tree_.total(r) - first, sequence.room());
+    const uint32_t tokens = std::min(total - first, sequence.room());
     if (Status status = sequence.Reserve(tokens); !status.ok()) return status;
     sequence.LayerDone(0, tokens);
-    sequence.Append(tree_.Tokens(r, first, first + tokens));
+    sequence.Append(source_->Tokens(r, first, first + tokens));
   }
   return Status();
 }
 
 // False: not yet.
 bool Player::End(uint32_t r) {
-  Turn& turn = turns_[r];
-  if (turn.sequence == nullptr) {
+  Live& live = live_[r];
+  if (live.sequence == nullptr) {
     if (!Begin(r, 0)) return false;
     no_room_.remove(r);
-    ++result_.without_history;
+    ++totals_.without_history;
   }
-  if (turn.sequence->loading()) return false;
+  if (live.sequence->loading()) return false;
   const Status status = Compute(r);
   if (!status.ok()) {
     CA_CHECK(status.code() == Code::kExhausted);
     if (NextDeviceNs() != kNever) return false;  // what is under way makes room
-    ++result_.not_saved;
-    turn.sequence.reset();
+    ++totals_.not_saved;
+    live.sequence.reset();
   } else {
-    turn.sequence->Commit(workload_[r].finish);
+    live.sequence->Commit(live.turn.finish);
   }
-  Session& session = sessions_[workload_[r].session];
-  if (--session.turns_left == 0 && tell_over_) {
-    store_->Advise("", NameOf(r), Advice::kOver);
+  const auto session = sessions_.find(live.turn.session);
+  if (--session->second.turns == 0 && session->second.over) {
+    if (tell_over_) store_->Advise("", NameOf(live.turn), Advice::kOver);
+    sessions_.erase(session);
   } else if (status.ok()) {
-    session.chain = std::move(turn.chain);
-    session.last = static_cast<int32_t>(r);
+    session->second.chain = std::move(live.chain);
+    session->second.last = static_cast<int32_t>(r);
   }
-  turn = Turn();
+  source_->End(r, std::exchange(live, Live()).result);
   ++num_ended_;
   return true;
 }
@@ -262,35 +256,43 @@ void Player::PollDevices() {
 
 // All that the schedule has for this moment.
 void Player::PlayMoment(int64_t now_ns) {
-  const auto due = [&](const std::vector<uint32_t>& order, size_t next,
-                       const std::vector<double>& times) {
-    return next < order.size() && Ns(times[order[next]]) <= now_ns;
-  };
-  while (due(schedule_.by_completion, next_completion_, schedule_.completion)) {
-    const uint32_t r = schedule_.by_completion[next_completion_++];
-    if (!End(r)) due_.push_back(r);
-  }
-  while (due(schedule_.by_arrival, next_arrival_, schedule_.arrival)) {
-    Arrive(schedule_.by_arrival[next_arrival_++]);
-  }
-  while (due(schedule_.by_arrival, next_start_, schedule_.start)) {
-    Start(schedule_.by_arrival[next_start_++]);
+  events_.clear();
+  while (NextScheduledNs() <= now_ns) events_.push_back(source_->Next());
+  std::ranges::stable_sort(events_, {}, &Event::kind);
+  for (const Event& event : events_) {
+    switch (event.kind) {
+      case EventKind::kCompletion:
+        if (!End(event.request)) due_.push_back(event.request);
+        break;
+      case EventKind::kArrival:
+        Arrive(event.request);
+        break;
+      case EventKind::kStart:
+        live_[event.request].start_ns = Ns(event.time_s);
+        Start(event.request);
+        break;
+    }
   }
   if (std::exchange(queue_changed_, false)) store_->SetQueue(queue_.waiting());
   PollDevices();
 }
 
-Result<ReplayResult> Player::Run() {
-  const auto next = [](const std::vector<uint32_t>& order, size_t i,
-                       const std::vector<double>& times) {
-    return i < order.size() ? Ns(times[order[i]]) : kNever;
-  };
-  for (size_t reported = 0;;) {
-    const int64_t scheduled_ns =
-        std::min({next(schedule_.by_completion, next_completion_, schedule_.completion),
-                  next(schedule_.by_arrival, next_arrival_, schedule_.arrival),
-                  next(schedule_.by_arrival, next_start_, schedule_.start)});
-    const int64_t device_ns = NextDeviceNs();
+// False: the replay is given up.
+bool Player::Report(uint64_t every) {
+  if (!options_.progress || num_ended_ < num_reported_ + every) return true;
+  num_reported_ = num_ended_;
+  const StoreStats stats = store_->stats();
+  return options_.progress({.ended = num_ended_,
+                            .sessions = sessions_.size(),
+                            .conversations = stats.conversations,
+                            .blocks = stats.blocks,
+                            .evictions = stats.evictions[static_cast<int>(Tier::kDram)] +
+                                         stats.evictions[static_cast<int>(Tier::kSsd)]});
+}
+
+Result<ReplayTotals> Player::Run() {
+  for (;;) {
+    const int64_t scheduled_ns = NextScheduledNs(), device_ns = NextDeviceNs();
     if (std::min(scheduled_ns, device_ns) == kNever) break;
     clock_.MoveTo(std::min(scheduled_ns, device_ns));
     if (device_ns <= scheduled_ns) {
@@ -298,18 +300,16 @@ Result<ReplayResult> Player::Run() {
     } else {
       PlayMoment(scheduled_ns);
     }
-    if (options_.progress && num_ended_ >= reported + kProgressEvery) {
-      reported = num_ended_;
-      if (!options_.progress(num_ended_)) return Status(Code::kClosed, "the replay was given up");
-    }
+    if (!Report(kProgressEvery)) return Status(Code::kClosed, "the replay was given up");
   }
-  CA_CHECK(num_ended_ == tree_.size());
+  if (!Report(1)) return Status(Code::kClosed, "the replay was given up");
+  CA_CHECK(num_ended_ == num_arrived_);
   const StoreStats stats = store_->stats();
-  result_.ssd_bytes_read = stats.ssd_bytes_read;
-  result_.ssd_bytes_written = stats.ssd_bytes_written;
-  result_.dram_evictions = stats.evictions[static_cast<int>(Tier::kDram)];
-  result_.ssd_evictions = stats.evictions[static_cast<int>(Tier::kSsd)];
-  return std::move(result_);
+  totals_.ssd_bytes_read = stats.ssd_bytes_read;
+  totals_.ssd_bytes_written = stats.ssd_bytes_written;
+  totals_.dram_evictions = stats.evictions[static_cast<int>(Tier::kDram)];
+  totals_.ssd_evictions = stats.evictions[static_cast<int>(Tier::kSsd)];
+  return totals_;
 }
 
 }  // namespace
@@ -343,11 +343,25 @@ Status SetPolicy(const std::string& name, PolicyOptions* policy, bool* tell_over
   return Status();
 }
 
-Result<ReplayResult> Replay(const TokenTree& tree, const Schedule& schedule,
-                            const ReplayOptions& options) {
-  Player player(tree, schedule, options);
+Result<ReplayTotals> Replay(Source* source, const ReplayOptions& options) {
+  Player player(source, options);
   if (Status status = player.Open(); !status.ok()) return status;
   return player.Run();
+}
+
+Result<ReplayResult> Replay(const TokenTree& tree, const Schedule& schedule,
+                            const ReplayOptions& options) {
+  TraceSource source(tree, schedule);
+  auto totals = Replay(&source, options);
+  if (!totals.ok()) return totals.status();
+  ReplayResult result;
+  static_cast<ReplayTotals&>(result) = totals.value();
+  for (const TurnResult& turn : source.results()) {
+    result.hit_tokens.push_back(turn.hit_tokens);
+    result.dram_tokens.push_back(turn.dram_tokens);
+    result.load_s.push_back(turn.load_s);
+  }
+  return result;
 }
 
 }  // namespace cachedattn

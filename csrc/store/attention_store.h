@@ -107,8 +107,9 @@ struct TierStats {
 struct StoreStats {
   TierStats tiers[kNumTiers];
   uint64_t turns = 0, tokens_requested = 0;
-  uint64_t tokens_from[kNumTiers] = {};  // reused history tokens, by serving tier
-  uint64_t tokens_recomputed = 0;        // CachedTokens::recomputed
+  uint64_t conversations = 0, blocks = 0;  // of which something is held
+  uint64_t tokens_from[kNumTiers] = {};    // reused history tokens, by serving tier
+  uint64_t tokens_recomputed = 0;          // CachedTokens::recomputed
   uint64_t ssd_bytes_read = 0, ssd_bytes_written = 0;
   double ssd_read_rate = 0;  // bytes a second, as measured lately; 0: not known
   uint64_t evictions[kNumTiers] = {};

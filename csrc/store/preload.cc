@@ -63,7 +63,10 @@ void Preloader::Share(const FillRef& fill, Slot slot, Tier tier) {
 
 void Preloader::KeepPrivate(const FillRef& fill, Slot slot) {
   fill->private_slot = std::move(slot);
-  std::erase_if(private_fills_, [](const auto& weak) { return weak.expired(); });
+  if (private_fills_.size() == private_fills_.capacity()) {  // rarely: as long as all that runs
+    std::erase_if(private_fills_, [](const auto& weak) { return weak.expired(); });
+    private_fills_.reserve(2 * private_fills_.size() + 16);
+  }
   private_fills_.push_back(fill);
 }
 

@@ -152,11 +152,10 @@ BlockRef SequenceImpl::InsertBlock(const BlockKey& key, uint32_t position, uint3
   BlockRef block =
       directory.Insert(tenant_, key, parent, num_tokens, index, follows(position), conversation_);
   std::vector<BlockKey> replaced;
-  for (const Block* partial : directory.partials(parent)) {
-    const uint32_t shorter = partial->num_tokens;
-    if (shorter < num_tokens && chain_->PartialKey(index, shorter) == partial->key) {
-      replaced.push_back(partial->key);
-    }
+  for (const uint32_t shorter : directory.PartialLengths(parent)) {
+    if (shorter >= num_tokens) continue;
+    const BlockKey tail = chain_->PartialKey(index, shorter);
+    if (directory.Find(tail) != nullptr) replaced.push_back(tail);
   }
   directory.SetReplaced(block.get(), std::move(replaced));
   return block;

@@ -319,6 +319,8 @@ StoreStats StoreCore::Stats() const {
     stats.evictions[static_cast<int>(tier)] =
         tier == Tier::kSsd ? writes.num_evicted() : evictor.num_evicted(tier);
   }
+  stats.conversations = policy->num_conversations();
+  stats.blocks = directory.num_blocks();
   stats.turns = counters.turns;
   stats.tokens_requested = counters.tokens_requested;
   stats.tokens_from[0] = counters.tokens_from_device;
