@@ -23,7 +23,11 @@ int64_t Ns(double seconds) { return std::llround(1e9 * seconds); }
 class WaitingQueue {
  public:
   void Join(std::shared_ptr<Chain> chain) { chains_.push_back(std::move(chain)); }
-  void LeaveFirst() {
+  // It is the first, or one of few before it that found no room.
+  void Leave(const std::shared_ptr<Chain>& chain) {
+    const auto first = chains_.begin() + static_cast<ptrdiff_t>(first_);
+    const auto it = std::find(first, chains_.end(), chain);
+    std::rotate(first, it, it + 1);
     chains_[first_].reset();
     if (++first_ < 1024 || 2 * first_ < chains_.size()) return;
     chains_.erase(chains_.begin(), chains_.begin() + first_);
@@ -177,8 +181,6 @@ void Player::Arrive(uint32_t r) {
 }
 
 void Player::Start(uint32_t r) {
-  queue_.LeaveFirst();
-  queue_changed_ = true;
   if (!Begin(r, UINT32_MAX)) no_room_.push_back(r);
 }
 
@@ -189,6 +191,8 @@ bool Player::Begin(uint32_t r, uint32_t max_history) {
     return false;
   }
   turns_[r].sequence = std::move(begun.value());
+  queue_.Leave(turns_[r].chain);
+  queue_changed_ = true;
   const CachedTokens& cached = turns_[r].sequence->cached();
   result_.dram_tokens[r] = cached.by_tier[static_cast<int>(Tier::kDevice)] +
                            cached.by_tier[static_cast<int>(Tier::kDram)];
