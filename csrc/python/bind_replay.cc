@@ -118,8 +118,8 @@ py::dict Play(const PyReplay& self, const std::string& policy, uint64_t dram_byt
 void BindReplay(py::module_& module) {
   module.def("check_policy", [](const std::string& name) {
     PolicyOptions policy;
-    bool tell_over = false;
-    RaiseIfError(SetPolicy(name, &policy, &tell_over));
+    SessionHints hints;
+    RaiseIfError(SetPolicy(name, &policy, &hints));
   });
   py::class_<PyReplay>(module, "Replay")
       .def(py::init(&NewReplay), py::kw_only(), py::arg("parent"), py::arg("shared"),

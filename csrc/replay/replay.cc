@@ -1,6 +1,7 @@
 #include "csrc/replay/replay.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <list>
 #include <memory>
@@ -79,7 +80,7 @@ class Player {
   ModelCopy* copy_ = nullptr;
   std::unique_ptr<AttentionStore> store_;
 
-  bool tell_over_ = false;  // when a session has had its last turn
+  SessionHints hints_;
 
   std::vector<Turn> turns_;
   // By session: the chain of its last turn that has ended, which turn that was, and how many are to
@@ -138,7 +139,7 @@ Status Player::Open() {
                                               std::to_string(block_bytes));
   }
   StoreOptions store;
-  if (Status status = SetPolicy(options_.policy, &store.policy, &tell_over_); !status.ok())
+  if (Status status = SetPolicy(options_.policy, &store.policy, &hints_); !status.ok())
     return status;
   store.layout = kLayout;
   store.keep_on_device = false;
@@ -243,11 +244,14 @@ bool Player::End(uint32_t r) {
     turn.sequence->Commit(workload_[r].finish);
   }
   Session& session = sessions_[workload_[r].session];
-  if (--session.turns_left == 0 && tell_over_) {
+  if (--session.turns_left == 0 && hints_.over) {
     store_->Advise("", NameOf(r), Advice::kOver);
   } else if (status.ok()) {
     session.chain = std::move(turn.chain);
     session.last = static_cast<int32_t>(r);
+    if (hints_.time_to_live_ns > 0) {
+      store_->Advise("", NameOf(r), Advice::kTimeToLive, hints_.time_to_live_ns);
+    }
   }
   turn = Turn();
   ++num_ended_;
@@ -318,29 +322,38 @@ Result<ReplayResult> Player::Run() {
 
 }  // namespace
 
-Status SetPolicy(const std::string& name, PolicyOptions* policy, bool* tell_over) {
+Status SetPolicy(const std::string& name, PolicyOptions* policy, SessionHints* hints) {
   constexpr std::pair<const char*, PolicyKind> kKinds[] = {{"lookahead", PolicyKind::kLookahead},
                                                            {"hazard", PolicyKind::kHazard},
                                                            {"lru", PolicyKind::kLru},
                                                            {"fifo", PolicyKind::kFifo}};
-  const std::pair<const char*, bool*> extras[] = {{"ended", tell_over},
+  const std::pair<const char*, bool*> extras[] = {{"ended", &hints->over},
                                                   {"in-service", &policy->drop_in_service},
                                                   {"whole", &policy->whole_conversation},
                                                   {"per-token", &policy->per_token}};
+  const auto bad = [](const std::string& word, const char* choices) {
+    return Status(Code::kInvalidArgument, "policy: '" + word + "' is none of " + choices);
+  };
   std::stringstream words(name);
   std::string word;
   std::getline(words, word, '+');
   const auto kind = std::ranges::find(kKinds, word, [](const auto& k) { return k.first; });
-  if (kind == std::end(kKinds)) {
-    return Status(Code::kInvalidArgument,
-                  "policy: '" + word + "' is none of lookahead, hazard, lru, fifo");
-  }
+  if (kind == std::end(kKinds)) return bad(word, "lookahead, hazard, lru, fifo");
   policy->kind = kind->second;
   while (std::getline(words, word, '+')) {
+    if (word.starts_with("ttl=")) {
+      uint32_t seconds = 0;
+      const auto [end, error] =
+          std::from_chars(word.data() + 4, word.data() + word.size(), seconds);
+      if (error != std::errc() || end != word.data() + word.size() || seconds == 0) {
+        return Status(Code::kInvalidArgument, "policy: '+" + word + "' is no number of seconds");
+      }
+      hints->time_to_live_ns = int64_t{seconds} * 1'000'000'000;
+      continue;
+    }
     const auto extra = std::ranges::find(extras, word, [](const auto& e) { return e.first; });
     if (extra == std::end(extras)) {
-      return Status(Code::kInvalidArgument,
-                    "policy: '+" + word + "' is none of +ended, +in-service, +whole, +per-token");
+      return bad("+" + word, "+ended, +ttl=SECONDS, +in-service, +whole, +per-token");
     }
     *extra->second = true;
   }

@@ -92,7 +92,7 @@ bool Evictor::MakeSpareRoom(uint32_t tenant, Conversation incoming) {
   const SlotPool& slots = tiers_->dram->slots();
   const bool own = !slots.WithinQuota(tenant, 1);
   if (slots.num_free() > reserve_ && !own) return true;
-  if (slots.num_free() < reserve_) return false;
+  // A place for a place: what the reserve lacks is on the way.
   while (writes_->num_on_the_way() < kMaxAwaited) {
     const Conversation victim =
         own ? policy_->Victim(Tier::kDram, tenant) : policy_->Victim(Tier::kDram);

@@ -208,11 +208,10 @@ void StoreCore::Drive(int64_t timeout_us) {
   }
   preloader.Pump();
   saver.Pump();
-  if (tiers.ssd != nullptr && tiers.ssd_on) {
-    if (memory.full()) prefetcher.Pump();
-    if (!preloader.reads_waiting()) writes.Pump();
-  }
-  evictor.KeepReserve();
+  evictor.KeepReserve();  // before the prefetcher, which waits for it
+  if (tiers.ssd == nullptr || !tiers.ssd_on) return;
+  if (memory.full()) prefetcher.Pump();
+  if (!preloader.reads_waiting()) writes.Pump();
 }
 
 void StoreCore::TakeCompletions(int64_t timeout_us) {
