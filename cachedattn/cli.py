@@ -180,8 +180,8 @@ def replay(
         str,
         typer.Option(
             help="Policies with commas: lookahead, hazard, lru, fifo, each with any of +ended "
-            "(told of last turns), +in-service (DRAM drops running ones first), +whole, "
-            "+per-token."
+            "(told of last turns), +ttl=SECONDS (of idle sessions), +in-service (DRAM drops "
+            "running ones first), +whole, +per-token."
         ),
     ] = "hazard,lookahead,lru",
     capacity: Annotated[
@@ -226,6 +226,10 @@ def replay(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Replays at one time. Default: cores.")
     ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="That the server has, for the costs.")] = 1,
+    gpu_price: Annotated[float, typer.Option(min=0, help="Dollars for one, an hour.")] = 5.0,
+    dram_price: Annotated[float, typer.Option(min=0, help="Dollars a GB and hour.")] = 0.0088,
+    ssd_price: Annotated[float, typer.Option(min=0, help="Dollars a GB and hour.")] = 0.000082,
     plot: Annotated[Path | None, typer.Option(help="Draw the shares of ideal (PNG).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -234,7 +238,8 @@ def replay(
     What is kept, prefetched and dropped is decided by the code of the live store. Prints, for
     every load, capacity and policy, the tokens found as a share of what an unlimited store
     would find, beside the best possible (MIN), the share of turns that found at least half of
-    their history, and the share of later turns that found all of it.
+    their history, and the share of later turns that found all of it; then what a million turns
+    cost with the store and without.
     """
     given = dict(locals())
     from cachedattn.cli_replay import ReplayArgs, run_replay

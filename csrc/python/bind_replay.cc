@@ -169,8 +169,8 @@ py::dict PlayGenerated(const GeneratorOptions& generator, ReplayOptions options,
 void BindReplay(py::module_& module) {
   module.def("check_policy", [](const std::string& name) {
     PolicyOptions policy;
-    bool tell_over = false;
-    RaiseIfError(SetPolicy(name, &policy, &tell_over));
+    SessionHints hints;
+    RaiseIfError(SetPolicy(name, &policy, &hints));
   });
   module.def(
       "play_generated",

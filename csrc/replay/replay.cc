@@ -1,6 +1,7 @@
 #include "csrc/replay/replay.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <list>
 #include <memory>
@@ -25,7 +26,11 @@ int64_t Ns(double seconds) { return std::llround(1e9 * seconds); }
 class WaitingQueue {
  public:
   void Join(std::shared_ptr<Chain> chain) { chains_.push_back(std::move(chain)); }
-  void LeaveFirst() {
+  // It is the first, or one of few before it that found no room.
+  void Leave(const std::shared_ptr<Chain>& chain) {
+    const auto first = chains_.begin() + static_cast<ptrdiff_t>(first_);
+    const auto it = std::find(first, chains_.end(), chain);
+    std::rotate(first, it, it + 1);
     chains_[first_].reset();
     if (++first_ < 1024 || 2 * first_ < chains_.size()) return;
     chains_.erase(chains_.begin(), chains_.begin() + first_);
@@ -92,7 +97,7 @@ class Player {
   ModelCopy* copy_ = nullptr;
   std::unique_ptr<AttentionStore> store_;
 
-  bool tell_over_ = false;  // when a session has had its last turn
+  SessionHints hints_;
 
   std::vector<Live> live_;  // by request
   std::unordered_map<uint64_t, Session> sessions_;
@@ -118,7 +123,7 @@ Status Player::Open() {
                                               std::to_string(block_bytes));
   }
   StoreOptions store;
-  if (Status status = SetPolicy(options_.policy, &store.policy, &tell_over_); !status.ok())
+  if (Status status = SetPolicy(options_.policy, &store.policy, &hints_); !status.ok())
     return status;
   store.layout = kLayout;
   store.keep_on_device = false;
@@ -168,8 +173,6 @@ void Player::Arrive(uint32_t r) {
 }
 
 void Player::Start(uint32_t r) {
-  queue_.LeaveFirst();
-  queue_changed_ = true;
   if (!Begin(r, UINT32_MAX)) no_room_.push_back(r);
 }
 
@@ -181,6 +184,8 @@ bool Player::Begin(uint32_t r, uint32_t max_history) {
     return false;
   }
   live.sequence = std::move(begun.value());
+  queue_.Leave(live.chain);
+  queue_changed_ = true;
   const CachedTokens& cached = live.sequence->cached();
   live.result.dram_tokens = cached.by_tier[static_cast<int>(Tier::kDevice)] +
                             cached.by_tier[static_cast<int>(Tier::kDram)];
@@ -233,11 +238,14 @@ bool Player::End(uint32_t r) {
   }
   const auto session = sessions_.find(live.turn.session);
   if (--session->second.turns == 0 && session->second.over) {
-    if (tell_over_) store_->Advise("", NameOf(live.turn), Advice::kOver);
+    if (hints_.over) store_->Advise("", NameOf(live.turn), Advice::kOver);
     sessions_.erase(session);
   } else if (status.ok()) {
     session->second.chain = std::move(live.chain);
     session->second.last = static_cast<int32_t>(r);
+    if (hints_.time_to_live_ns > 0) {
+      store_->Advise("", NameOf(live.turn), Advice::kTimeToLive, hints_.time_to_live_ns);
+    }
   }
   source_->End(r, std::exchange(live, Live()).result);
   ++num_ended_;
@@ -314,29 +322,38 @@ Result<ReplayTotals> Player::Run() {
 
 }  // namespace
 
-Status SetPolicy(const std::string& name, PolicyOptions* policy, bool* tell_over) {
+Status SetPolicy(const std::string& name, PolicyOptions* policy, SessionHints* hints) {
   constexpr std::pair<const char*, PolicyKind> kKinds[] = {{"lookahead", PolicyKind::kLookahead},
                                                            {"hazard", PolicyKind::kHazard},
                                                            {"lru", PolicyKind::kLru},
                                                            {"fifo", PolicyKind::kFifo}};
-  const std::pair<const char*, bool*> extras[] = {{"ended", tell_over},
+  const std::pair<const char*, bool*> extras[] = {{"ended", &hints->over},
                                                   {"in-service", &policy->drop_in_service},
                                                   {"whole", &policy->whole_conversation},
                                                   {"per-token", &policy->per_token}};
+  const auto bad = [](const std::string& word, const char* choices) {
+    return Status(Code::kInvalidArgument, "policy: '" + word + "' is none of " + choices);
+  };
   std::stringstream words(name);
   std::string word;
   std::getline(words, word, '+');
   const auto kind = std::ranges::find(kKinds, word, [](const auto& k) { return k.first; });
-  if (kind == std::end(kKinds)) {
-    return Status(Code::kInvalidArgument,
-                  "policy: '" + word + "' is none of lookahead, hazard, lru, fifo");
-  }
+  if (kind == std::end(kKinds)) return bad(word, "lookahead, hazard, lru, fifo");
   policy->kind = kind->second;
   while (std::getline(words, word, '+')) {
+    if (word.starts_with("ttl=")) {
+      uint32_t seconds = 0;
+      const auto [end, error] =
+          std::from_chars(word.data() + 4, word.data() + word.size(), seconds);
+      if (error != std::errc() || end != word.data() + word.size() || seconds == 0) {
+        return Status(Code::kInvalidArgument, "policy: '+" + word + "' is no number of seconds");
+      }
+      hints->time_to_live_ns = int64_t{seconds} * 1'000'000'000;
+      continue;
+    }
     const auto extra = std::ranges::find(extras, word, [](const auto& e) { return e.first; });
     if (extra == std::end(extras)) {
-      return Status(Code::kInvalidArgument,
-                    "policy: '+" + word + "' is none of +ended, +in-service, +whole, +per-token");
+      return bad("+" + word, "+ended, +ttl=SECONDS, +in-service, +whole, +per-token");
     }
     *extra->second = true;
   }

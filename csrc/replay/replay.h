@@ -52,10 +52,16 @@ struct ReplayResult : ReplayTotals {
   std::vector<double> load_s;
 };
 
-// A policy from its name: lookahead, hazard, lru or fifo, then any of +ended (the store is told
-// when a session has had its last turn), +in-service, +whole, +per-token (PolicyOptions).
-// kInvalidArgument: there is no such policy.
-CA_API Status SetPolicy(const std::string& name, PolicyOptions* policy, bool* tell_over);
+// What the store is told of sessions beside their turns.
+struct SessionHints {
+  bool over = false;            // when a session has had its last turn
+  int64_t time_to_live_ns = 0;  // how long it may be idle; 0: not told
+};
+
+// A policy from its name: lookahead, hazard, lru or fifo, then any of +ended and +ttl=SECONDS
+// (SessionHints), +in-service, +whole, +per-token (PolicyOptions). kInvalidArgument: there is no
+// such policy.
+CA_API Status SetPolicy(const std::string& name, PolicyOptions* policy, SessionHints* hints);
 
 // kInvalidArgument when the options hold no store; kClosed when `progress` gave up.
 CA_API Result<ReplayTotals> Replay(Source* source, const ReplayOptions& options);

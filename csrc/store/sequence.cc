@@ -221,10 +221,10 @@ void SequenceImpl::Truncate() {
   const Conversation over = core_->policy->Hold(0, tenant_);
   core_->policy->SetOver(over);
   for (auto it = first; it != first + cut->num_blocks; ++it) {
-    if (it->pin && it->pin.block()->owner == conversation_) {
-      core_->directory.SetOwner(it->pin.block().get(), over);
-    }
+    const BlockRef block = it->pin ? it->pin.block() : nullptr;
+    if (block && block->owner == conversation_) core_->directory.SetOwner(block.get(), over);
     Release(std::move(*it));
+    if (block) core_->saver.Leave(block);
   }
   core_->policy->Release(over);
   entries_.erase(first, first + cut->num_blocks);

@@ -210,12 +210,11 @@ void StoreCore::Drive(int64_t timeout_us) {
   }
   preloader.Pump();
   saver.Pump();
-  if (tiers.ssd != nullptr && tiers.ssd_on) {
-    if (memory.full()) prefetcher.Pump();
-    if (!preloader.reads_waiting()) writes.Pump();
-  }
-  evictor.KeepReserve();
   if (tiers.copy != nullptr) tiers.copy->Submit();
+  evictor.KeepReserve();  // before the prefetcher, which waits for it
+  if (tiers.ssd == nullptr || !tiers.ssd_on) return;
+  if (memory.full()) prefetcher.Pump();
+  if (!preloader.reads_waiting()) writes.Pump();
 }
 
 void StoreCore::TakeCompletions(int64_t timeout_us) {
