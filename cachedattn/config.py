@@ -6,7 +6,9 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 
-DTYPES = ("float32", "bfloat16")  # compute dtypes; the KV is stored in the same one
+# Compute dtypes of a CPU and of CUDA; the KV is stored in the same one.
+DTYPES = ("float32", "bfloat16")
+CUDA_DTYPES = (*DTYPES, "float16")
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -34,7 +36,8 @@ class StoreConfig:
     """Where KV is kept, and how much of it. Sizes are bytes or text such as "4GiB"; hard caps.
 
     dram: running sequences included. ssd: 0 for no SSD tier, else `path` is its directory.
-    device: 0 on a CPU, whose block tables point at DRAM; else the emulated device pool.
+    device: on CUDA the pool in its memory, which the engine sizes if this is 0. On a CPU 0, whose
+    block tables point at DRAM; else an emulated device pool.
     policy: what is kept longest. 'lookahead': what waits, then what was used last; 'hazard': what
     waits, then what is likeliest to be used soon, as learnt; 'lru'; 'fifo'.
     tenant_quota: what one tenant's KV takes at most of DRAM, and of SSD; 0 for no limit. Running

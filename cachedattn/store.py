@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cachedattn import _core
+from cachedattn import _core, ops
 from cachedattn.config import KvLayout, StoreConfig, Truncation, parse_size
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ class AttentionStore:
     `kv[layer]` is the pool that block tables index: [slots, 2, num_kv_heads, block_size,
     head_dim], K before RoPE. StoreError (with `.code`) from opening and closing; misses are
     results. `progress(done, total)` follows the scan of an existing SSD file.
+
+    device: where the KV is computed, see `compute_device`. On CUDA `config.device` is the size of
+    the pool in its memory, and `kv` lies there.
     """
 
     def __init__(
@@ -31,9 +35,17 @@ class AttentionStore:
         config: StoreConfig,
         layout: KvLayout,
         progress: Callable[[int, int], None] | None = None,
+        *,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.config = config
         self.layout = layout
+        self.device = compute_device(device)
+        on_cuda = {}
+        if self.device.type == "cuda":
+            if parse_size(config.device) == 0:
+                raise ValueError("device must not be 0 on CUDA: it holds the running sequences")
+            on_cuda = {"cuda_device": self.device.index}
         self._core = _core.AttentionStore(
             num_layers=layout.num_layers,
             num_kv_heads=layout.num_kv_heads,
@@ -55,6 +67,7 @@ class AttentionStore:
             io_deadline_us=round(config.io_deadline * 1e6),
             poison=config.debug_poison,
             progress=progress,
+            **on_cuda,
         )
         self._closed = False
         # Tells the model whether anything listens to `layer_done`: saves leave a device pool
@@ -122,6 +135,12 @@ class AttentionStore:
         """Starts a turn over `chain` and the loads of its history; None: no room now."""
         return self._core.begin(chain, max_history)
 
+    def use_current_stream(self) -> None:
+        """On CUDA: what is computed from now on runs on torch's current stream of the device, and
+        loads and saves wait for it, and it for them. Call it before each step."""
+        if self.device.type == "cuda":
+            self._core.use_stream(torch.cuda.current_stream(self.device).cuda_stream)
+
     def poll(self) -> None:
         """Lets finished I/O take effect and starts what is due. Never blocks."""
         self._core.poll()
@@ -182,6 +201,28 @@ class AttentionStore:
     def check_invariants(self) -> None:
         """Aborts the process on a broken invariant; for tests."""
         self._core.check_invariants()
+
+
+def compute_device(device: str | torch.device) -> torch.device:
+    """'cpu', 'cuda' (torch's current one) or 'cuda:N', with its index.
+
+    ValueError: another one, one that is not here, or a build without CUDA kernels.
+    """
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", str(device))
+    if match is None:
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', not {str(device)!r}")
+    if match[0] == "cpu":
+        return torch.device("cpu")
+    if not ops.has_cuda():
+        raise ValueError(f"device {match[0]!r}: this build of cachedattn has no CUDA kernels")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {match[0]!r}: torch {torch.__version__} sees no NVIDIA GPU here")
+    index = int(match[1]) if match[1] else torch.cuda.current_device()
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"device {match[0]!r}: there are only {torch.cuda.device_count()} GPUs")
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        raise ValueError(f"device {match[0]!r}: its compute capability is below 8.0")
+    return torch.device("cuda", index)
 
 
 def _checked(seconds: float) -> float:
