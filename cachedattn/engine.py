@@ -212,6 +212,8 @@ class Engine:
         logits = self.runner.forward(batch)  # layer by layer: wait, append, attend, save
         landed = list(self._landed(work, batch, logits))
         last = [(r.sampler, rows[-1]) for r, _, n, rows in landed if n == r.num_remaining]
+        if last:
+            self.store.poll_until_computed()
         tokens = iter(choose(last))
         finished = []
         for request, first, num_tokens, rows in landed:

@@ -4,6 +4,7 @@ Python, which a GPU computes faster than they are started."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,8 @@ class DecodeGraph:
         static = dataclasses.replace(batch, loads=[], saves=[])
         static.set_tensors(unpack(self.inputs, tensors))
         model.forward(static)
-        self._replay, self._logits, self.pool = capture(lambda: model.forward(static), pool)
+        compute = functools.partial(model.forward, static)
+        self._replay, self._logits, self.pool = capture(compute, pool, model.device)
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Logits of `batch`, of this size."""
@@ -71,13 +73,14 @@ class DecodeGraph:
 
 
 def capture(
-    compute: Callable[[], torch.Tensor], pool: Any
+    compute: Callable[[], torch.Tensor], pool: Any, device: torch.device
 ) -> tuple[Callable[[], None], torch.Tensor, Any]:
-    """What runs the kernels of `compute` again, the result that they write to, and the pool of
-    memory that they use."""
+    """What runs the kernels of `compute` on `device` again, the result that they write to, and the
+    pool of memory that they use."""
     graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream(device)
     # The store's threads may register memory meanwhile; that is no part of the capture.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
         result = compute()
     return graph.replay, result, graph.pool()
 

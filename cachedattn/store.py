@@ -161,6 +161,14 @@ class AttentionStore:
         """Hint: the conversation's next turn comes after so long."""
         self._core.advise(tenant, conversation, "return", _checked(seconds))
 
+    def poll_until_computed(self) -> None:
+        """On CUDA: polls until what was started on torch's current stream is done, so that reads
+        and writes go on under a long step."""
+        if self.device.type == "cuda":
+            done = torch.cuda.current_stream(self.device).record_event()
+            while not done.query():
+                self.poll()
+
     def drain(self) -> bool:
         """Waits until every save and write under way has ended; False: none was."""
         return self._core.drain()

@@ -62,7 +62,7 @@ def on_meta(batch: Batch) -> Batch:
     return dataclasses.replace(batch, kv=pool, loads=[], saves=[])
 
 
-def capture_on_cpu(compute, pool):
+def capture_on_cpu(compute, pool, device):
     """As `graphs.capture`."""
     result = compute()
 
