@@ -97,6 +97,7 @@ def run(engine: ca.Engine, ids: list[int], max_tokens: int = 8) -> tuple[ca.Repl
     chosen: list[torch.Tensor] = []
 
     def keep_last(request: ca.Request, first: int, logits: torch.Tensor) -> None:
+        assert torch.isfinite(logits).all()
         if first + len(logits) == len(request.tokens):
             chosen.append(logits[-1].clone())
 

@@ -47,8 +47,9 @@ Turn = tuple[ca.Reply, torch.Tensor]
 
 
 def config(path: Path | None = None, **fields: object) -> ca.StoreConfig:
+    """Free slots hold NaN, so that a read too early or too late shows in the logits."""
     ssd = {"ssd": "64MiB", "path": str(path)} if path else {}
-    sizes = {"device": "24MiB", "dram": "48MiB"}
+    sizes = {"device": "24MiB", "dram": "48MiB", "debug_poison": True}
     return ca.StoreConfig(**{**sizes, "block_size": BLOCK, **ssd, **fields})
 
 
@@ -193,7 +194,7 @@ def test_a_step_does_not_wait_for_the_device(dtype):
     """Prefill, mixed and decode steps, saves under way; kernels are loaded and graphs captured."""
     model = make_model(make_config(), "cuda", dtype)
     prompts = [random_ids(length, seed=length) for length in (90, 40)]
-    with make_engine(model, config(), max_step_tokens=64) as engine:
+    with make_engine(model, config(debug_poison=False), max_step_tokens=64) as engine:
         run_all(engine, prompts, 6)
         forward, seen = engine.runner.forward, set()
 
@@ -219,7 +220,8 @@ def memory() -> tuple[int, int, int]:
 def test_nothing_leaks_over_a_thousand_turns(tmp_path):
     """Hits and misses in pools that are too small for all, so that every tier evicts."""
     model = make_model(make_config(layers=2), "cuda", "bfloat16")
-    stored = config(tmp_path / "kv", device="3MiB", dram="6MiB", ssd="16MiB")
+    sizes = {"device": "3MiB", "dram": "6MiB", "ssd": "16MiB"}
+    stored = config(tmp_path / "kv", **sizes, debug_poison=False)
     with make_engine(model, stored, max_model_len=128) as engine:
         for turn in range(1000):
             engine.generate(random_ids(30 + turn % 50, seed=turn * 7 % 300), greedy(3))
