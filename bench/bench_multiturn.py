@@ -102,9 +102,6 @@ class WaitFirst:
     def __init__(self, runner: Any) -> None:
         self.runner = runner
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.runner, name)
-
     def forward(self, batch: Any) -> torch.Tensor:
         for layer in range(len(batch.kv)):
             batch.wait_layer(layer)
@@ -252,7 +249,7 @@ def engine_for(
                 max_num_seqs=args.slots,
             )
             if mode == "wait":
-                engine.model = WaitFirst(engine.model)
+                engine.runner = WaitFirst(engine.runner)
             yield engine
             engine.close()
 

@@ -43,13 +43,13 @@ step() {  # step NAME SECONDS COMMAND...
 }
 
 sanitize() {  # sanitize TOOL: over this package's kernels only
-  step "$1" 60 compute-sanitizer --tool "$1" --kernel-name kns=cachedattn --error-exitcode 9 \
+  step "$1" 50 compute-sanitizer --tool "$1" --kernel-name kns=cachedattn --error-exitcode 9 \
     "$python" "$root/bench/gpu_smoke.py"
 }
 
-step install 40 "$python" -m pip install --disable-pip-version-check --no-index --no-deps \
+step install 30 "$python" -m pip install --disable-pip-version-check --no-index --no-deps \
   --target "$work/site" "$wheel"
-step machine 30 "$python" - <<'PY'
+step machine 20 "$python" - <<'PY'
 import subprocess, cachedattn, torch
 print(cachedattn.__version__, cachedattn.__file__)
 print("torch", torch.__version__, "CUDA", torch.version.cuda, torch.cuda.get_device_name())
@@ -57,12 +57,13 @@ print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout)
 for op in ("rope_apply_", "kv_append", "attn_paged", "merge_states"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cachedattn::{op}", "CUDA"), op
 PY
-step smoke 40 "$python" "$root/bench/gpu_smoke.py"
-step tests 150 "$python" -m pytest -q -p no:cacheprovider -m gpu "$root"/tests/test_ops_*.py
+step smoke 30 "$python" "$root/bench/gpu_smoke.py"
+step tests 130 "$python" -m pytest -q -p no:cacheprovider -m gpu "$root"/tests/test_ops_*.py
+step engine 90 "$python" -m pytest -q -p no:cacheprovider "$root"/tests/test_engine_cuda.py
 for name in memcheck racecheck synccheck; do
   sanitize $name
 done
-step bench 95 "$python" "$root/bench/bench_attention.py" --device cuda --json
+step bench 85 "$python" "$root/bench/bench_attention.py" --device cuda --json
 grep '^{' "$results/bench.log" >"$results/bench.jsonl"
 
 printf '\n'

@@ -13,8 +13,26 @@ class StoreError(RuntimeError):
     code: str
 
 class CachedTokens:
-    total: int  # longest reusable history, dropped tokens included
+    total: int  # longest reusable history, dropped tokens included, less `recomputed`
     by_tier: dict[str, int]  # {'device': n, 'dram': n, 'ssd': n}, tokens of the context
+    recomputed: int  # history that `begin` leaves to compute again: that is sooner
+
+class ComputeCost:
+    """What computing takes: steps of at most `step_tokens` tokens (0: not known), each of `step_s`
+    seconds, `token_s` for each token and `pair_s` for each of the tokens before that one."""
+
+    step_tokens: int
+    step_s: float
+    token_s: float
+    pair_s: float
+    def __init__(
+        self,
+        *,
+        step_tokens: int = 0,
+        step_s: float = 0,
+        token_s: float = 0,
+        pair_s: float = 0,
+    ) -> None: ...
 
 class Chain:
     """A request's tokens as block keys; append-only."""
@@ -26,7 +44,8 @@ class Chain:
         """Token ids of the context when `num_tokens` tokens are in it (cut blocks left out)."""
 
 class Sequence:
-    """A running turn."""
+    """A running turn. While history is computed again, `context_len` and `num_computed_tokens` end
+    before what is loaded, and `room` is what is left to compute."""
 
     id: int
     cached: CachedTokens
@@ -65,6 +84,7 @@ class AttentionStore:
         dtype: str,  # 'float32', 'bfloat16', 'float16'
         identity: bytes,  # 32 bytes
         model_name: str,
+        cuda_device: int,  # the GPU that has the device pool; -1: emulated
         device_bytes: int,
         dram_bytes: int,
         ssd_bytes: int,
@@ -76,6 +96,7 @@ class AttentionStore:
         io: str,  # 'auto', 'uring', 'threads', 'inline'
         io_depth: int,
         io_deadline_us: int,
+        ssd_read_limit: int,  # bytes a second; 0: none
         poison: bool,
         progress: Callable[[int, int], None] | None,
     ) -> None: ...
@@ -100,8 +121,11 @@ class AttentionStore:
     ) -> None: ...
     def set_queue(self, waiting: Seq[Chain]) -> None: ...
     def lookup(self, chain: Chain) -> CachedTokens: ...
-    def begin(self, chain: Chain, max_history: int = ...) -> Sequence | None:
+    def begin(
+        self, chain: Chain, max_history: int = ..., cost: ComputeCost = ...
+    ) -> Sequence | None:
         """Takes the chain over. None: no room now, the chain stays usable."""
+    def use_stream(self, stream: int) -> None: ...  # cudaStream_t; nothing without a GPU
     def poll(self) -> None: ...
     def drain(self) -> bool: ...  # False: no save and no write was under way
     def flush(self) -> None: ...
@@ -134,6 +158,31 @@ def erase_tenant(path: str, master_key_file: str, tenant: str) -> bool:
     """Drops a tenant's key from a store that nobody has open; False: there is none."""
 
 def check_policy(name: str) -> None: ...  # ValueError: there is no such policy of a replay
+
+def play_generated(
+    *,
+    conversations: int,
+    seed: int,
+    turns: float,  # means, as those that follow: turns of a conversation, tokens that a turn adds
+    prompt: float,
+    answer: float,
+    think_s: float,
+    context: int,  # tokens, at which a conversation ends
+    slots: int,
+    load: float,
+    granularity: int,
+    policy: str,
+    dram_bytes: int,
+    ssd_bytes: int,
+    token_bytes: int,
+    dram_reserve: float,
+    ssd_read_bytes_s: float,
+    ssd_write_bytes_s: float,
+    ssd_latency_s: float,
+    copy_bytes_s: float,
+    progress: Callable[[dict[str, int]], None] | None = None,  # what it raises ends the replay
+) -> dict[str, Any]:
+    """Plays generated conversations; what they found in sums, as by `cachedattn.simulate`."""
 
 class Replay:
     """A trace's requests and their schedule on a server; the columns are of one length.

@@ -47,8 +47,9 @@ def read_then_compute(engine: Engine, prompt: list[int], history: int) -> tuple[
     read_s = time.perf_counter() - begin
     if [num_tokens for _, num_tokens in work] != [len(prompt) - history]:
         raise RuntimeError(f"floor: {work[0][1]} tokens left to compute")
+    num_heads = engine.model.config.num_heads
     begin = time.perf_counter()
-    logits = engine.model.forward(make_batch(work, engine.store))
+    logits = engine.model.forward(make_batch(work, engine.store, num_heads))
     token = request.sampler(logits[-1])
     compute_s = time.perf_counter() - begin
     engine.abort(request)
@@ -211,7 +212,7 @@ def run_ttft(
     with (
         tempfile.TemporaryDirectory(dir=".", prefix="cachedattn-bench-") as folder,
         baseline,
-        with_store(baseline, Path(folder) / "store") as store,
+        with_store(baseline, Path(folder) / "store", load="always") as store,
         progress_bar() as bar,
     ):
         io_report = store.store.io_report

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from cachedattn import gguf
-from cachedattn.config import DTYPES, KvLayout, ModelConfig, RopeConfig, check_choice
+from cachedattn.config import (
+    CUDA_DTYPES,
+    DTYPES,
+    KvLayout,
+    ModelConfig,
+    RopeConfig,
+    check_choice,
+)
 from cachedattn.rope import yarn_attention_factor
 from cachedattn.tokenizer import Tokenizer
 
@@ -25,6 +32,7 @@ _KV_SCHEMA = 1
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 _HASH_BYTES = 4 << 20
 
+CPU = torch.device("cpu")
 Progress = Callable[[int, int], None]  # (bytes read, bytes in all)
 
 
@@ -52,14 +60,18 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], dtype: str = "bfloat16", progress: Progress | None = None
+    path: str | os.PathLike[str],
+    dtype: str = "bfloat16",
+    progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> Checkpoint:
-    """Reads a Hugging Face directory (config.json, *.safetensors, tokenizer.json) or GGUF file.
+    """Reads a Hugging Face directory (config.json, *.safetensors, tokenizer.json) or GGUF file,
+    the weights one by one to `device`.
 
     FileNotFoundError: nothing there. ValueError: something that is not supported, named.
     ModuleNotFoundError: a package that reading models needs is not installed.
     """
-    check_choice("dtype", dtype, DTYPES)
+    check_choice("dtype", dtype, DTYPES if device.type == "cpu" else CUDA_DTYPES)
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no model at {path}")
@@ -70,6 +82,7 @@ def load_checkpoint(
             config, tokenizer, weights, digest = read(
                 path,
                 getattr(torch, dtype),
+                device,
                 lambda files: pool.submit(_hash_files, files, progress).result,
             )
             identity = identity_of(digest(), config, dtype)
@@ -83,7 +96,9 @@ Parts = tuple[ModelConfig, Tokenizer | None, dict[str, torch.Tensor], Callable[[
 StartHash = Callable[[list[Path]], Callable[[], bytes]]  # of files; the result waits
 
 
-def _read_directory(path: Path, dtype: torch.dtype, start_hash: StartHash) -> Parts:
+def _read_directory(
+    path: Path, dtype: torch.dtype, device: torch.device, start_hash: StartHash
+) -> Parts:
     config = hf_config(_read_json(path / "config.json"))
     files = _safetensors_files(path)
     digest = start_hash(files)
@@ -91,14 +106,17 @@ def _read_directory(path: Path, dtype: torch.dtype, start_hash: StartHash) -> Pa
     eos = {*config.eos_token_ids, *_generation_eos(path)}
     eos |= set(tokenizer.eos_token_ids) if tokenizer else set()
     config = dataclasses.replace(config, eos_token_ids=tuple(sorted(eos)))
-    return config, tokenizer, _load_safetensors(files, dtype), digest
+    return config, tokenizer, _load_safetensors(files, dtype, device), digest
 
 
-def _read_gguf(path: Path, dtype: torch.dtype, start_hash: StartHash) -> Parts:
+def _read_gguf(
+    path: Path, dtype: torch.dtype, device: torch.device, start_hash: StartHash
+) -> Parts:
     file = gguf.GgufFile(path)
     config = gguf.model_config(file)
     digest = start_hash([path])
-    return config, gguf.tokenizer(file), dict(gguf.weights(file, config, dtype)), digest
+    weights = {name: w.to(device) for name, w in gguf.weights(file, config, dtype)}
+    return config, gguf.tokenizer(file), weights, digest
 
 
 def identity_of(weights_digest: bytes, config: ModelConfig, dtype: str) -> bytes:
@@ -230,7 +248,9 @@ def _is_pickle(path: Path) -> bool:
     return path.suffix in (".bin", ".pt", ".pth")
 
 
-def _load_safetensors(files: list[Path], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _load_safetensors(
+    files: list[Path], dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
     import safetensors
 
     weights = {}
@@ -238,7 +258,7 @@ def _load_safetensors(files: list[Path], dtype: torch.dtype) -> dict[str, torch.
         try:
             with safetensors.safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
-                    weights[name] = file.get_tensor(name).to(dtype)
+                    weights[name] = file.get_tensor(name).to(device, dtype)
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
     return weights

@@ -180,8 +180,8 @@ def replay(
         str,
         typer.Option(
             help="Policies with commas: lookahead, hazard, lru, fifo, each with any of +ended "
-            "(told of last turns), +in-service (DRAM drops running ones first), +whole, "
-            "+per-token."
+            "(told of last turns), +ttl=SECONDS (of idle sessions), +in-service (DRAM drops "
+            "running ones first), +whole, +per-token."
         ),
     ] = "hazard,lookahead,lru",
     capacity: Annotated[
@@ -226,6 +226,10 @@ def replay(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Replays at one time. Default: cores.")
     ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="That the server has, for the costs.")] = 1,
+    gpu_price: Annotated[float, typer.Option(min=0, help="Dollars for one, an hour.")] = 5.0,
+    dram_price: Annotated[float, typer.Option(min=0, help="Dollars a GB and hour.")] = 0.0088,
+    ssd_price: Annotated[float, typer.Option(min=0, help="Dollars a GB and hour.")] = 0.000082,
     plot: Annotated[Path | None, typer.Option(help="Draw the shares of ideal (PNG).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -234,12 +238,65 @@ def replay(
     What is kept, prefetched and dropped is decided by the code of the live store. Prints, for
     every load, capacity and policy, the tokens found as a share of what an unlimited store
     would find, beside the best possible (MIN), the share of turns that found at least half of
-    their history, and the share of later turns that found all of it.
+    their history, and the share of later turns that found all of it; then what a million turns
+    cost with the store and without.
     """
     given = dict(locals())
     from cachedattn.cli_replay import ReplayArgs, run_replay
 
     run_replay(ReplayArgs(**given))
+
+
+@app.command()
+def simulate(
+    conversations: Annotated[int, typer.Argument(min=1, help="How many to generate.")],
+    turns: Annotated[float, typer.Option(help="Mean turns of a conversation (geometric).")] = 3.0,
+    prompt: Annotated[
+        float, typer.Option(help="Mean tokens that a turn's prompt adds (lognormal).")
+    ] = 300.0,
+    answer: Annotated[float, typer.Option(help="Mean tokens of an answer (lognormal).")] = 500.0,
+    think: Annotated[
+        float, typer.Option(help="Mean seconds from an answer to the next turn (exponential).")
+    ] = 60.0,
+    context: Annotated[
+        int, typer.Option(help="Tokens; a conversation ends when another turn might not fit.")
+    ] = 32768,
+    load: Annotated[
+        float, typer.Option(help="Work offered per slot; says how often conversations arrive.")
+    ] = 0.95,
+    slots: Annotated[int, typer.Option(min=1, help="Turns that run at one time.")] = 24,
+    policy: Annotated[str, typer.Option(help="Policies with commas, as in replay.")] = "hazard",
+    dram: Annotated[str, typer.Option(help="Size of the DRAM tier.")] = "128GB",
+    ssd: Annotated[str, typer.Option(help="Size of the SSD tier; 0: none.")] = "10TB",
+    model: Annotated[
+        str, typer.Option(help="llama-8b, -13b, -65b or -70b, or bytes of KV per token.")
+    ] = "llama-13b",
+    ssd_read: Annotated[str, typer.Option(help="Read rate of the SSD, a second.")] = "5GB",
+    ssd_write: Annotated[str, typer.Option(help="Write rate of the SSD, a second.")] = "3GB",
+    copy: Annotated[
+        str, typer.Option(help="Rate between DRAM and device, a second; 0: takes no time.")
+    ] = "0",
+    granularity: Annotated[
+        int, typer.Option(min=0, help="Tokens that are moved as one. Default: by mean lengths.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Play generated conversations, any number of them, through the store in virtual time.
+
+    They arrive at random and are drawn as they come up, so memory is bounded by what lives and
+    what the modelled tiers hold. Prints what replay prints of a trace where it makes sense, and
+    what the store's decisions took: turns a second, CPU time a turn and memory, early and late.
+    """
+    from cachedattn.cli_replay import hardware_of
+    from cachedattn.cli_simulate import run_simulate
+    from cachedattn.config import parse_size
+    from cachedattn.simulate import Shape
+
+    shape = Shape(conversations, turns, prompt, answer, think, context, slots, load, seed)
+    hardware = hardware_of(model, ssd_read, ssd_write, copy)
+    sizes = (parse_size(dram), parse_size(ssd))
+    run_simulate(shape, hardware, policy, *sizes, granularity, as_json)
 
 
 @bench_app.command()
@@ -262,13 +319,43 @@ def ttft(
     """
     from cachedattn.bench import run_ttft
 
+    raise typer.Exit(run_ttft(_lengths(history), new, repeats, model, dtype, threads, as_json))
+
+
+@bench_app.command()
+def load(
+    read_limit: Annotated[
+        str, typer.Option(help="Bytes a second that are read of the SSD, with commas; 0: no limit.")
+    ] = "0,100MB,50MB,25MB,12MB,6MB",
+    history: Annotated[
+        str, typer.Option(help="Lengths of the history in tokens, with commas.")
+    ] = "1500",
+    new: Annotated[int, typer.Option(min=1, help="New tokens.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; medians are printed.")] = 5,
+    model: Model = None,
+    dtype: Dtype = "bfloat16",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Time to first token from a cold SSD of several speeds: loaded, recomputed, what is chosen.
+
+    The three take turns, so that a slow minute of the machine hits them alike.
+    """
+    from cachedattn.bench_load import run_load
+
+    limits = read_limit.split(",")
+    run_load(limits, _lengths(history), new, repeats, model, dtype, threads, as_json)
+
+
+def _lengths(history: str) -> list[int]:
+    """The lengths in '1500,6000'."""
     try:
         lengths = [int(part) for part in history.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{history!r} is not a list of numbers") from None
     if min(lengths) < 1:
         raise typer.BadParameter("a history has at least 1 token")
-    raise typer.Exit(run_ttft(lengths, new, repeats, model, dtype, threads, as_json))
+    return lengths
 
 
 @bench_app.command()

@@ -56,12 +56,12 @@ def load_engine(model: Path, threads: int | None, **options: Any) -> Engine:
         return Engine.from_pretrained(model, progress=progress, **options)
 
 
-def with_store(baseline: Engine, path: Path) -> Engine:
+def with_store(baseline: Engine, path: Path, **fields: Any) -> Engine:
     """A second engine over the same weights, which reuses history through DRAM and the SSD tier
-    in `path`. Both tiers hold several contexts."""
+    in `path`. Both tiers hold several contexts. `fields`: more of the StoreConfig."""
     layout = baseline.store.layout
     size = 4 * baseline.max_model_len * layout.bytes_per_token + (64 << 20)
-    store = AttentionStore(StoreConfig(dram=size, ssd=size, path=str(path)), layout)
+    store = AttentionStore(StoreConfig(dram=size, ssd=size, path=str(path), **fields), layout)
     return Engine(
         baseline.model,
         baseline.tokenizer,

@@ -16,6 +16,7 @@ from rich.table import Table
 from cachedattn import _core
 from cachedattn.cli_common import progress_bar
 from cachedattn.config import parse_size
+from cachedattn.cost import Prices
 from cachedattn.replay import KV_BYTES, Cell, Hardware, Replayer, Server, play_all
 from cachedattn.trace import Trace, draw_sessions, read_trace
 
@@ -43,6 +44,10 @@ class ReplayArgs:
     warmup: int
     granularity: int
     jobs: int | None
+    gpus: int
+    gpu_price: float
+    dram_price: float
+    ssd_price: float
     plot: Path | None
     as_json: bool
 
@@ -108,13 +113,13 @@ def tiers(args: ReplayArgs, footprint: int) -> list[tuple[int, int]]:
     return [(dram, size - dram) for size in sizes]
 
 
-def hardware_of(args: ReplayArgs) -> Hardware:
+def hardware_of(model: str, ssd_read: str, ssd_write: str, copy: str) -> Hardware:
     """The modelled devices."""
-    rates = {name: parse_size(getattr(args, name)) for name in ("ssd_read", "ssd_write", "copy")}
-    for name in ("ssd_read", "ssd_write"):
-        if not rates[name]:
+    rates = {"ssd_read": parse_size(ssd_read), "ssd_write": parse_size(ssd_write)}
+    for name, rate in rates.items():
+        if not rate:
             raise ValueError(f"--{name.replace('_', '-')}: must be above 0")
-    return Hardware(token_bytes=token_bytes(args.model), **rates)
+    return Hardware(token_bytes=token_bytes(model), copy=parse_size(copy), **rates)
 
 
 def server_of(args: ReplayArgs) -> Server:
@@ -134,12 +139,16 @@ def prepare(args: ReplayArgs) -> tuple[Trace, Replayer, list[Cell]]:
     policies = parts(args.policy, "--policy")
     for policy in policies:
         _core.check_policy(policy)
-    server, hardware = server_of(args), hardware_of(args)
+    server = server_of(args)
+    hardware = hardware_of(args.model, args.ssd_read, args.ssd_write, args.copy)
     load_values = loads(args, server)
     trace = read_trace(args.trace)
     if trace.relative:
         trace = draw_sessions(trace, args.arrivals_per_hour, args.hours, args.seed)
-    replayer = Replayer(trace, server, hardware, args.granularity, warmup=args.warmup)
+    prices = Prices(args.gpu_price, args.dram_price, args.ssd_price, args.gpus)
+    replayer = Replayer(
+        trace, server, hardware, args.granularity, warmup=args.warmup, prices=prices
+    )
     if args.warmup >= len(trace):
         raise ValueError(f"--warmup: the trace has only {len(trace)} turns")
     for load in load_values:
@@ -212,6 +221,38 @@ def print_table(trace: Trace, replayer: Replayer, rows: list[dict[str, Any]]) ->
     if not console.is_terminal:
         console.width = 120
     console.print(table)
+    console.print(cost_table(replayer, rows))
+
+
+def cost_table(replayer: Replayer, rows: list[dict[str, Any]]) -> Table:
+    """What a million turns cost; the line without a policy recomputes every history."""
+    prices = replayer.prices
+    table = Table(
+        title="Dollars for a million turns",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        caption=f"{prices.gpus} GPUs at ${prices.gpu:g}/h, DRAM ${prices.dram:g} and SSD "
+        f"${prices.ssd:g} a GB and hour",
+    )
+    for name in ("load", "size", "policy", "GPU", "DRAM", "SSD", "all", "saved, %"):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    parts = ("gpu", "dram", "ssd", "total")
+    last = None
+    for row in rows:
+        load = f"{row['load']:g}" if row["load"] else "rate"
+        without = row["cost_without"]
+        if last != row["load"]:
+            table.add_row(load, "0", "none", *(f"{without[part]:,.0f}" for part in parts), "")
+        last = row["load"]
+        table.add_row(
+            load,
+            size_text(row["capacity"]),
+            row["policy"],
+            *(f"{row['cost'][part]:,.0f}" for part in parts),
+            f"{100 * (1 - row['cost']['total'] / without['total']):.1f}",
+        )
+    return table
 
 
 def load_pyplot() -> Any:

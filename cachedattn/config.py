@@ -6,7 +6,9 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 
-DTYPES = ("float32", "bfloat16")  # compute dtypes; the KV is stored in the same one
+# Compute dtypes of a CPU and of CUDA; the KV is stored in the same one.
+DTYPES = ("float32", "bfloat16")
+CUDA_DTYPES = (*DTYPES, "float16")
 
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -34,7 +36,8 @@ class StoreConfig:
     """Where KV is kept, and how much of it. Sizes are bytes or text such as "4GiB"; hard caps.
 
     dram: running sequences included. ssd: 0 for no SSD tier, else `path` is its directory.
-    device: 0 on a CPU, whose block tables point at DRAM; else the emulated device pool.
+    device: on CUDA the pool in its memory, which the engine sizes if this is 0. On a CPU 0, whose
+    block tables point at DRAM; else an emulated device pool.
     policy: what is kept longest. 'lookahead': what waits, then what was used last; 'hazard': what
     waits, then what is likeliest to be used soon, as learnt; 'lru'; 'fifo'.
     tenant_quota: what one tenant's KV takes at most of DRAM, and of SSD; 0 for no limit. Running
@@ -43,6 +46,10 @@ class StoreConfig:
     io: 'inline' does I/O and copies in the calling thread, so that decisions do not hang on speed;
     for tests, slow.
     io_deadline: seconds after which the disk is not waited for any more.
+    ssd_read_limit: bytes a second that the SSD tier reads at most, for a disk that others use, too;
+    0 for no limit.
+    load: 'auto' computes history again instead of loading it, all or a part, where that is measured
+    to be sooner; 'always' loads.
     debug_poison: free slots hold NaN, so that a stray read shows; for tests, slow.
     """
 
@@ -58,10 +65,12 @@ class StoreConfig:
     io: str = "auto"
     io_depth: int = 256
     io_deadline: float = 2.0
+    ssd_read_limit: int | str = 0
+    load: str = "auto"
     debug_poison: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dram", "ssd", "device", "tenant_quota"):
+        for name in ("dram", "ssd", "device", "tenant_quota", "ssd_read_limit"):
             try:
                 parse_size(getattr(self, name))
             except ValueError as error:
@@ -77,6 +86,7 @@ class StoreConfig:
         check_choice("block_size", self.block_size, (16, 32, 64, 128))
         check_choice("policy", self.policy, ("lookahead", "hazard", "lru", "fifo"))
         check_choice("io", self.io, ("auto", "uring", "threads", "inline"))
+        check_choice("load", self.load, ("auto", "always"))
         if not 0 <= self.dram_reserve < 1:
             raise ValueError(f"dram_reserve must be in [0, 1), not {self.dram_reserve}")
         if not 1 <= self.io_depth <= 4096:

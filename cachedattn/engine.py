@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 
@@ -14,12 +15,13 @@ import torch
 from cachedattn.batch import Batch, Work, make_batch, num_logit_rows
 from cachedattn.chat import ChatMemory, ChatName
 from cachedattn.checkpoint import Progress, load_checkpoint
-from cachedattn.config import KvLayout, StoreConfig, Truncation
+from cachedattn.config import KvLayout, StoreConfig, Truncation, parse_size
+from cachedattn.graphs import DecodeGraphs
 from cachedattn.model import CausalLM
 from cachedattn.request import Delta, LogitsHook, Reply, Request
-from cachedattn.sampling import SamplingParams
+from cachedattn.sampling import SamplingParams, choose
 from cachedattn.scheduler import Scheduler
-from cachedattn.store import AttentionStore
+from cachedattn.store import AttentionStore, compute_device
 from cachedattn.tokenizer import Message, TextStream, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,9 @@ class Engine:
         max_step_tokens: int = 512,
     ) -> None:
         """max_model_len: positions of a context, and with `truncation` the length at which it is
-        cut. ValueError: the store's pool cannot hold one such context, or nothing can be cut."""
+        cut. ValueError: model and store are on two devices, the store's pool cannot hold one such
+        context, or nothing can be cut."""
+        _check_same_device(store, model.device)
         self.model = model
         self.tokenizer = tokenizer
         self.store = store
@@ -59,6 +63,10 @@ class Engine:
         self.scheduler = Scheduler(
             store, max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens, reuse=reuse
         )
+        self.runner: CausalLM | DecodeGraphs = model
+        if model.device.type == "cuda":
+            max_blocks = -(-max_model_len // store.config.block_size)
+            self.runner = DecodeGraphs(model, max_blocks)
         self._memory = ChatMemory(tokenizer) if tokenizer else None
         self._ids = itertools.count(1)
         self._ssd_state = store.stats()["ssd_state"]
@@ -87,15 +95,19 @@ class Engine:
         (default: what the model was made for) are refused. progress(done, total): bytes of the
         weights' fingerprint.
 
+        device: 'cpu', 'cuda' or 'cuda:N', where the weights and the pool of running sequences lie.
+        dtype: 'float32' or 'bfloat16', on CUDA also 'float16'.
+
         ValueError: bad argument, unsupported checkpoint, or a store of another model.
         FileNotFoundError: no such model. StoreError: the store does not open.
         """
-        if device != "cpu":
-            raise ValueError(f"device must be 'cpu' in this build, not {device!r}")
+        where = compute_device(device)
+        if isinstance(store, AttentionStore):
+            _check_same_device(store, where)
         for name, value in (("max_num_seqs", max_num_seqs), ("max_step_tokens", max_step_tokens)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
-        checkpoint = load_checkpoint(path, dtype, progress)
+        checkpoint = load_checkpoint(path, dtype, progress, where)
         positions = checkpoint.config.max_positions
         max_model_len = positions if max_model_len is None else max_model_len
         if not 1 <= max_model_len <= positions:
@@ -109,7 +121,10 @@ class Engine:
         model = CausalLM(checkpoint.config, checkpoint.weights, max_model_len)
         opened = store
         if not isinstance(opened, AttentionStore):
-            opened = AttentionStore(store or _baseline_store(layout, max_model_len), layout)
+            config = store or _baseline_store(layout, max_model_len)
+            if where.type == "cuda" and parse_size(config.device) == 0:
+                config = dataclasses.replace(config, device=model.pool_bytes(max_step_tokens))
+            opened = AttentionStore(config, layout, device=where)
         try:
             return cls(
                 model,
@@ -158,7 +173,7 @@ class Engine:
 
         conversation: names a chat, so that the ids of its earlier turns are used again.
         tenant: whose turn it is; no tenant finds what was computed for another.
-        on_logits(request, first, logits): sees the logits [rows, vocab] of every row computed,
+        on_logits(request, first, logits): sees, on the CPU, the logits [rows, vocab] of every row,
         the first of which belongs to the request's token `first`.
 
         ValueError: an empty prompt, ids outside the vocabulary, a prompt longer than
@@ -189,19 +204,28 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Computes once: a chunk of each prompt, a token of each answer. Those that finished."""
+        self.store.use_current_stream()
         self.store.poll()  # what landed takes effect; room is made ahead of need
         work = self.scheduler.schedule()  # queue published, history found, loads begun
         if not work:
             return []
-        batch = make_batch(work, self.store)
-        logits = self.model.forward(batch)  # layer by layer: wait, append, attend, save
+        batch = make_batch(work, self.store, self.model.config.num_heads)
+        begin = time.perf_counter()
+        logits = self.runner.forward(batch)  # layer by layer: wait, append, attend, save
+        landed = list(self._landed(work, batch, logits))
+        last = [(r.sampler, rows[-1]) for r, _, n, rows in landed if n == r.num_remaining]
+        if last:
+            self.store.poll_until_computed()
+        if not batch.failed and (last or self.model.device.type == "cpu"):  # else it still runs
+            self.scheduler.prefill.add(work, time.perf_counter() - begin - batch.waited_s)
+        tokens = iter(choose(last))
         finished = []
-        for request, first, num_tokens, rows in self._landed(work, batch, logits):
+        for request, first, num_tokens, rows in landed:
             request.sequence.append(request.tokens[first : first + num_tokens])
             if request.on_logits:
-                request.on_logits(request, first, rows)
+                request.on_logits(request, first, rows.cpu())
             if request.num_remaining == 0:
-                request.accept(request.sampler(rows[-1]))
+                request.accept(next(tokens))
             if request.finish_reason:
                 self._finish(request)  # its blocks become findable
                 finished.append(request)
@@ -340,6 +364,11 @@ def _baseline_store(layout: KvLayout, max_model_len: int) -> StoreConfig:
     tokens = 2 * max_model_len + 1024
     padding = 4096 * (layout.num_layers + 1)  # a slice ends on a page, a slot begins with one
     return StoreConfig(dram=tokens * layout.bytes_per_token + (tokens // 64 + 1) * padding)
+
+
+def _check_same_device(store: AttentionStore, device: torch.device) -> None:
+    if store.device != device:
+        raise ValueError(f"the store is on {store.device}, the model on {device}")
 
 
 def _check_same_model(stored: KvLayout, wanted: KvLayout) -> None:

@@ -37,15 +37,15 @@ class DecoderLayer:
         self.gate_up = weights.linear(names, (inner, inner), hidden)
         self.down = weights.linear([prefix + "mlp.down_proj"], (hidden,), inner)
 
-    def __call__(self, x: torch.Tensor, batch: Batch, plan: torch.Tensor) -> torch.Tensor:
-        """Adds to x, float32 [Tq, hidden]; `plan` is the step's `attn_plan`."""
+    def __call__(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Adds to x, float32 [Tq, hidden]."""
         batch.wait_layer(self.index)
-        x += self.attention(self.input_norm(x), batch, plan)
+        x += self.attention(self.input_norm(x), batch)
         x += self.down(silu_and_mul(self.gate_up(self.post_norm(x))))
         batch.layer_done(self.index)
         return x
 
-    def attention(self, x: torch.Tensor, batch: Batch, plan: torch.Tensor) -> torch.Tensor:
+    def attention(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Appends the rows' K and V, then attends over the whole context."""
         config, tables = self.config, self.tables
         qkv = self.qkv(x).view(x.shape[0], -1, config.head_dim)
@@ -58,7 +58,7 @@ class DecoderLayer:
             batch.block_table,
             batch.kv_lens,
             batch.cu_q,
-            plan,
+            batch.plan,
             batch.max_q_len,
             tables.lo,
             tables.hi,
@@ -70,8 +70,9 @@ class DecoderLayer:
 
 
 class CausalLM:
-    """The whole model. `weights` are named as in Transformers' LlamaForCausalLM and are used up:
-    each leaves the dict as it is taken, so that packing needs no second copy of the model.
+    """The whole model, on the device where `weights` are. They are named as in Transformers'
+    LlamaForCausalLM and are used up: each leaves the dict as it is taken, so that packing needs no
+    second copy of the model.
 
     ValueError: a weight is missing or has another shape than the configuration says.
     """
@@ -84,7 +85,8 @@ class CausalLM:
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embedding = reader.take("model.embed_tokens.weight", (vocab, hidden))
         self.dtype = self.embedding.dtype
-        tables = RopeTables(config, max_positions)
+        self.device = self.embedding.device
+        tables = RopeTables(config, max_positions, self.device)
         self.layers = [
             DecoderLayer(config, reader, index, tables) for index in range(config.num_layers)
         ]
@@ -96,29 +98,41 @@ class CausalLM:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Logits, float32 [len(logit_rows), vocab]."""
-        kv = batch.kv[0]
-        plan = torch.ops.cachedattn.attn_plan(
-            batch.cu_q,
-            batch.kv_lens,
-            self.config.num_heads,
-            self.config.num_kv_heads,
-            kv.shape[3],
-            torch.get_num_threads(),
-        )
+        """Logits, float32 [len(logit_rows), vocab], on the model's device. On CUDA nothing here
+        waits for the device."""
+        batch.move_to(self.device)
         # The sum of all layers' outputs is kept in float32: in bf16 its rounding is the largest
         # error of the model.
         x = functional.embedding(batch.token_ids, self.embedding).float()
         for layer in self.layers:
-            x = layer(x, batch, plan)
+            x = layer(x, batch)
         return self.lm_head(self.norm(x[batch.logit_rows]))
+
+    def pool_bytes(self, max_step_tokens: int) -> int:
+        """Memory of a CUDA device for a pool of KV: nine tenths of what is free, less what a step
+        takes at most. ValueError: nothing."""
+        config, size = self.config, self.dtype.itemsize
+        # A row's results, each once, the residual stream in float32; then its logits twice, and
+        # attention's splits: o, m and l of up to 32.
+        row = (8 + 4 * size) * config.hidden_size + 4 * size * config.intermediate_size
+        row += 4 * size * config.num_heads * config.head_dim + (4 + size) * config.vocab_size
+        row += 32 * config.num_heads * (config.head_dim + 2) * 4
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(self.device)[0]
+        num_bytes = free * 9 // 10 - max_step_tokens * row
+        if num_bytes <= 0:
+            raise ValueError(
+                f"beside the weights {free >> 20} MiB of {self.device} are free: too few for steps "
+                f"of max_step_tokens {max_step_tokens}"
+            )
+        return num_bytes
 
 
 class RopeTables:
     """What attention needs to turn q and k by their positions."""
 
-    def __init__(self, config: ModelConfig, max_positions: int) -> None:
-        self.lo, self.hi = rope_tables(config.rope, max_positions)
+    def __init__(self, config: ModelConfig, max_positions: int, device: torch.device) -> None:
+        self.lo, self.hi = (table.to(device) for table in rope_tables(config.rope, max_positions))
         # yarn scales q and k alike, so their product by the square.
         self.sm_scale = config.head_dim**-0.5 * config.rope.attention_factor**2
 
@@ -130,7 +144,7 @@ class WeightReader:
         self.weights = weights
         # float32 copies double the speed of prefill on some CPUs, for twice the bf16 memory.
         num_bytes = 4 * sum(weight.numel() for weight in weights.values())
-        is_bf16 = any(weight.dtype == torch.bfloat16 for weight in weights.values())
+        is_bf16 = any(w.is_cpu and w.dtype == torch.bfloat16 for w in weights.values())
         fits = num_bytes < _physical_memory() // 8
         self.widen = is_bf16 and fits and float32_is_faster()
 

@@ -41,6 +41,11 @@ if os.environ.get("CACHEDATTN_CPU_ISA", cpu_isa()) != cpu_isa():
     )
 
 
+def has_cuda() -> bool:
+    """Whether this build has the CUDA kernels."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("cachedattn::attn_paged", "CUDA")
+
+
 def rope_table(inv_freq: Tensor, n: int, stride: int) -> Tensor:
     """cos and sin of `i * stride * inv_freq` for i < n, computed in float64.
 

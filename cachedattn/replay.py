@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 
 from cachedattn import _core
-from cachedattn.trace import PREFILL_RATE, TURN_S, Trace
+from cachedattn.cost import Prices, cost
+from cachedattn.trace import ANSWER_S, PREFILL_RATE, TURN_S, Trace
 
 KV_BYTES = {  # of one token, bfloat16
     "llama-13b": 819_200,
     "llama-65b": 2_621_440,
     "llama-70b": 327_680,
     "llama-8b": 131_072,
+    "falcon-40b": 122_880,
 }
 HISTORY_BLOCKS = 32  # of a mean prompt: more cost time and change results by less than a point
 COLUMNS = ("parent", "shared", "prompt", "answer", "session", "previous", "finish")
@@ -93,11 +95,13 @@ class Replayer:
         granularity: int = 0,
         dram_reserve: float = 0.1,
         warmup: int = 0,
+        prices: Prices = Prices(),
     ) -> None:
         self.trace, self.server, self.hardware = trace, server, hardware
         self.granularity = granularity or granularity_for(trace)
         self.dram_reserve = dram_reserve  # with an SSD tier; DRAM alone has no use for it
         self.warmup = warmup  # turns that are not measured
+        self.prices = prices
         self.lock = threading.Lock()
         self.schedules: dict[float, Any] = {}
         self.optima: dict[tuple[float, int], np.ndarray] = {}
@@ -163,6 +167,7 @@ class Replayer:
             **self.found(schedule, result["hit_tokens"]),
             **{f"min_{name}": best[name] for name in ("of_ideal", "per_turn", "full_prefix")},
             **self.times(schedule, result),
+            **self.costs(schedule, result, cell),
             "bytes_read": result["ssd_bytes_read"],
             "bytes_written": result["ssd_bytes_written"],
             "bytes_written_per_prompt_token": share(
@@ -202,9 +207,7 @@ class Replayer:
         mask = self.measured(schedule)
         hits, dram = result["hit_tokens"][mask], result["dram_tokens"][mask]
         load = result["load_s"][mask]
-        prompt = self.trace.columns["prompt"][mask]
-        new = np.maximum(prompt - hits.astype(np.int64) * self.granularity, 1)
-        prefill = schedule.factor * (TURN_S + new / PREFILL_RATE)
+        prefill = self.prefill_s(schedule, result["hit_tokens"])[mask]
         # Layers are computed while later ones are loaded: what is longer hides the other.
         first_token = np.maximum(prefill, load)
         waited = (schedule.start - schedule.arrival)[mask]
@@ -214,6 +217,32 @@ class Replayer:
             "stall_s": float((first_token - prefill).sum()),
             "ttft_s": percentiles(first_token),
             "ttft_with_queue_s": percentiles(first_token + waited),
+        }
+
+    def prefill_s(self, schedule: Any, hits: np.ndarray) -> np.ndarray:
+        """Seconds of each turn until its first token, when `hits` tokens of it were found."""
+        columns = self.trace.columns
+        own = columns["prompt"] - columns["shared"].astype(np.int64)
+        missing = schedule.ideal().astype(np.int64) - hits
+        new = np.maximum(own + missing * self.granularity, 1)
+        return schedule.factor * (TURN_S + new / PREFILL_RATE)
+
+    def costs(self, schedule: Any, result: dict[str, Any], cell: Cell) -> dict[str, Any]:
+        """Dollars for a million turns, with the store and with every history computed again.
+
+        A prefill has the GPUs to itself, decoding shares them among the slots, and while one turn
+        waits for its history the others go on. The tiers are paid for from the first arrival to
+        the last completion."""
+        mask = self.measured(schedule)
+        turns = int(mask.sum())
+        decode = schedule.factor * ANSWER_S * self.trace.columns["answer"] / self.server.slots
+        seconds = (schedule.completion.max() - schedule.arrival.min()) * mask.mean()
+        hits = result["hit_tokens"]
+        busy = float((self.prefill_s(schedule, hits) + decode)[mask].sum())
+        alone = float((self.prefill_s(schedule, np.zeros_like(hits)) + decode)[mask].sum())
+        return {
+            "cost": cost(self.prices, busy, seconds, cell.dram, cell.ssd, turns),
+            "cost_without": cost(self.prices, alone, seconds, 0, 0, turns),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,17 @@ class Sampler:
             return int(logits.argmax())
         probs = filtered_probs(logits, self.params)
         return int(torch.multinomial(probs, 1, generator=self.generator))
+
+
+def choose(rows: Sequence[tuple[Sampler, torch.Tensor]]) -> list[int]:
+    """The next token of each sampler, from its logits [vocab]. These lie on one device, which is
+    waited for once."""
+    if not rows or rows[0][1].is_cpu:
+        return [sampler(logits) for sampler, logits in rows]
+    logits = torch.stack([logits for _, logits in rows])
+    if all(sampler.generator is None for sampler, _ in rows):
+        return logits.argmax(-1).tolist()
+    return [sampler(row) for (sampler, _), row in zip(rows, logits.cpu(), strict=True)]
 
 
 def filtered_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:

@@ -6,8 +6,9 @@ from collections import deque
 
 from cachedattn._core import StoreError
 from cachedattn.batch import Work
+from cachedattn.prefill_times import PrefillTimes
 from cachedattn.request import Request, RequestState
-from cachedattn.store import NO_LIMIT, AttentionStore
+from cachedattn.store import NO_LIMIT, UNKNOWN_COST, AttentionStore
 
 
 class Scheduler:
@@ -25,6 +26,8 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_step_tokens = max_step_tokens
         self.max_history = NO_LIMIT if reuse else 0
+        self.always_load = store.config.load == "always"
+        self.prefill = PrefillTimes(max_step_tokens)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._queue_changed = False
@@ -121,7 +124,8 @@ class Scheduler:
         return num_tokens
 
     def _begin(self, request: Request, budget: int) -> int:
-        sequence = self.store.begin(request.chain, self.max_history)
+        cost = UNKNOWN_COST if self.always_load else self.prefill.cost()
+        sequence = self.store.begin(request.chain, self.max_history, cost)
         if sequence is None:
             return 0
         request.sequence = sequence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -9,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from cachedattn import _core
+from cachedattn import _core, ops
 from cachedattn.config import KvLayout, StoreConfig, Truncation, parse_size
 
 if TYPE_CHECKING:
-    from cachedattn._core import CachedTokens, Chain, Sequence, TraceEvent
+    from cachedattn._core import CachedTokens, Chain, ComputeCost, Sequence, TraceEvent
 
 NO_LIMIT = 2**32 - 1
+UNKNOWN_COST = _core.ComputeCost()
 
 
 class AttentionStore:
@@ -24,6 +26,9 @@ class AttentionStore:
     `kv[layer]` is the pool that block tables index: [slots, 2, num_kv_heads, block_size,
     head_dim], K before RoPE. StoreError (with `.code`) from opening and closing; misses are
     results. `progress(done, total)` follows the scan of an existing SSD file.
+
+    device: where the KV is computed, see `compute_device`. On CUDA `config.device` is the size of
+    the pool in its memory, and `kv` lies there.
     """
 
     def __init__(
@@ -31,9 +36,15 @@ class AttentionStore:
         config: StoreConfig,
         layout: KvLayout,
         progress: Callable[[int, int], None] | None = None,
+        *,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.config = config
         self.layout = layout
+        self.device = compute_device(device)
+        on_cuda = self.device.type == "cuda"
+        if on_cuda and parse_size(config.device) == 0:
+            raise ValueError("device must not be 0 on CUDA: it holds the running sequences")
         self._core = _core.AttentionStore(
             num_layers=layout.num_layers,
             num_kv_heads=layout.num_kv_heads,
@@ -42,6 +53,7 @@ class AttentionStore:
             dtype=layout.dtype,
             identity=layout.identity,
             model_name=layout.model_name,
+            cuda_device=self.device.index if on_cuda else -1,
             device_bytes=parse_size(config.device),
             dram_bytes=parse_size(config.dram),
             ssd_bytes=parse_size(config.ssd),
@@ -53,6 +65,7 @@ class AttentionStore:
             io=config.io,
             io_depth=config.io_depth,
             io_deadline_us=round(config.io_deadline * 1e6),
+            ssd_read_limit=parse_size(config.ssd_read_limit),
             poison=config.debug_poison,
             progress=progress,
         )
@@ -118,9 +131,18 @@ class AttentionStore:
         """The longest reusable history of `chain`, and where it is."""
         return self._core.lookup(chain)
 
-    def begin(self, chain: Chain, max_history: int = NO_LIMIT) -> Sequence | None:
-        """Starts a turn over `chain` and the loads of its history; None: no room now."""
-        return self._core.begin(chain, max_history)
+    def begin(
+        self, chain: Chain, max_history: int = NO_LIMIT, cost: ComputeCost = UNKNOWN_COST
+    ) -> Sequence | None:
+        """Starts a turn over `chain` and the loads of its history; None: no room now. With a `cost`
+        it loads only what is sooner loaded than computed again, by the rates measured so far."""
+        return self._core.begin(chain, max_history, cost)
+
+    def use_current_stream(self) -> None:
+        """On CUDA: what is computed from now on runs on torch's current stream of the device, and
+        loads and saves wait for it, and it for them. Call it before each step."""
+        if self.device.type == "cuda":
+            self._core.use_stream(torch.cuda.current_stream(self.device).cuda_stream)
 
     def poll(self) -> None:
         """Lets finished I/O take effect and starts what is due. Never blocks."""
@@ -141,6 +163,14 @@ class AttentionStore:
     def will_return_in(self, conversation: str, seconds: float, *, tenant: str = "") -> None:
         """Hint: the conversation's next turn comes after so long."""
         self._core.advise(tenant, conversation, "return", _checked(seconds))
+
+    def poll_until_computed(self) -> None:
+        """On CUDA: polls until what was started on torch's current stream is done, so that reads
+        and writes go on under a long step."""
+        if self.device.type == "cuda":
+            done = torch.cuda.current_stream(self.device).record_event()
+            while not done.query():
+                self.poll()
 
     def drain(self) -> bool:
         """Waits until every save and write under way has ended; False: none was."""
@@ -182,6 +212,28 @@ class AttentionStore:
     def check_invariants(self) -> None:
         """Aborts the process on a broken invariant; for tests."""
         self._core.check_invariants()
+
+
+def compute_device(device: str | torch.device) -> torch.device:
+    """'cpu', 'cuda' (torch's current one) or 'cuda:N', with its index.
+
+    ValueError: another one, one that is not here, or a build without CUDA kernels.
+    """
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", str(device))
+    if match is None:
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', not {str(device)!r}")
+    if match[0] == "cpu":
+        return torch.device("cpu")
+    if not ops.has_cuda():
+        raise ValueError(f"device {match[0]!r}: this build of cachedattn has no CUDA kernels")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {match[0]!r}: torch {torch.__version__} sees no NVIDIA GPU here")
+    index = int(match[1]) if match[1] else torch.cuda.current_device()
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"device {match[0]!r}: there are only {torch.cuda.device_count()} GPUs")
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        raise ValueError(f"device {match[0]!r}: its compute capability is below 8.0")
+    return torch.device("cuda", index)
 
 
 def _checked(seconds: float) -> float:

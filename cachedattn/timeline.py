@@ -184,7 +184,8 @@ def run_timeline(
     ):
         layout = baseline.store.layout
         size = 4 * window * layout.bytes_per_token + (64 << 20)
-        config = StoreConfig(dram=size, ssd=size, device=size if device else 0, path=folder)
+        pool = size if device else 0
+        config = StoreConfig(dram=size, ssd=size, device=pool, path=folder, load="always")
         with AttentionStore(config, layout) as store:
             engine = Engine(
                 baseline.model, baseline.tokenizer, store, max_model_len=window, truncation=None

@@ -169,6 +169,25 @@ def test_bench_ttft_prints_a_line_per_source(
     assert "recompute" in run(*args).out
 
 
+def test_bench_load_prints_a_line_per_disk(
+    run: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["bench", "load", "--model", model, "--dtype", "float32"]
+    args += ["--history", "100", "--new", "20", "--repeats", "1", "--read-limit", "0,5MB"]
+    answer = run(*args, "--json")
+    assert answer.code == 0, answer.err
+    rows = [json.loads(line) for line in answer.out.splitlines()]
+    assert [row["read_limit"] for row in rows] == [0, 5_000_000]
+    keys = ["read_limit", "history", "new", "load_s", "recompute_s", "auto_s", "recomputed"]
+    for row in rows:
+        assert list(row) == [*keys, "ratio"]
+        assert 0 <= row["recomputed"] <= 100 and row["ratio"] > 0
+    assert list(tmp_path.iterdir()) == []
+    assert "auto" in run(*args).out
+    assert run("bench", "load", "--read-limit", "fast").code == 2
+
+
 BAD_OPTIONS = [
     (["--model", "no/such/model"], "no/such/model"),
     (["--dtype", "float16"], "float16"),

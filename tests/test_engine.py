@@ -32,7 +32,7 @@ def small_path(tmp_path_factory) -> Path:
 
 
 def config(path: Path | None = None, **fields: object) -> ca.StoreConfig:
-    ssd = {"ssd": "64MiB", "path": str(path)} if path else {}
+    ssd = {"ssd": "64MiB", "path": str(path), "load": "always"} if path else {}
     return ca.StoreConfig(**{"dram": "24MiB", "block_size": BLOCK, **ssd, **fields})
 
 

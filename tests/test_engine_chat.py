@@ -185,7 +185,7 @@ def test_bad_prompts_are_refused(engine, prompt, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "cuda"}, "device must be 'cpu'"),
+        ({"device": "tpu"}, "device must be 'cpu'"),
         ({"dtype": "float16"}, "dtype must be one of"),
         ({"max_model_len": 513}, r"max_model_len must be in \[1, 512\]"),
         ({"max_step_tokens": 0}, "max_step_tokens must be at least 1"),

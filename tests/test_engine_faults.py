@@ -18,6 +18,7 @@ import torch
 from tiny_models import BLOCK, VOCAB, open_engine, save_model
 
 import cachedattn as ca
+from cachedattn._core import ComputeCost
 
 LAYERS = 4
 SLICE = 2 * BLOCK * 64 * 4
@@ -41,7 +42,7 @@ class Group:
     """Conversations side by side in one engine, twice: recomputed, and over a store."""
 
     def __init__(self, baseline: ca.Engine, folder: Path, seed: int, faults: float) -> None:
-        self.rng = random.Random(seed)
+        self.rng, costs = random.Random(seed), random.Random(f"costs {seed}")
         self.faults = faults
         self.baseline = baseline
         self.folder = folder / str(seed)
@@ -52,15 +53,19 @@ class Group:
             path=str(self.folder),
             device=device,
             block_size=BLOCK,
+            load=costs.choice(("always", "auto")),
             debug_poison=True,
         )
+        self.cost = ComputeCost(step_tokens=48, token_s=10 ** costs.uniform(-6, -3))
         self.cuts = faults > 0 and self.rng.random() < 0.25
         self.seen: Counter[str] = Counter()
 
     def open(self) -> ca.Engine:
         layout = self.baseline.store.layout
         store = ca.AttentionStore(self.config, layout)
-        return ca.Engine(self.baseline.model, None, store, owns_store=True, **OPTIONS)
+        engine = ca.Engine(self.baseline.model, None, store, owns_store=True, **OPTIONS)
+        engine.scheduler.prefill.cost = lambda: self.cost
+        return engine
 
     def play(self) -> Counter[str]:
         shared = self.tokens(self.rng.choice((0, 40)))
@@ -214,7 +219,11 @@ def test_conversations_over_a_failing_disk(baseline, tmp_path):
 
 def test_an_outage_is_logged_once(baseline, tmp_path, caplog):
     config = ca.StoreConfig(
-        dram=90 * SLOT_BYTES, ssd=120 * SLOT_BYTES + (4 << 20), path=str(tmp_path), block_size=BLOCK
+        dram=90 * SLOT_BYTES,
+        ssd=120 * SLOT_BYTES + (4 << 20),
+        path=str(tmp_path),
+        block_size=BLOCK,
+        load="always",
     )
     store = ca.AttentionStore(config, baseline.store.layout)
     prompt = list(range(1, 10 * BLOCK))

@@ -69,6 +69,7 @@ def test_random_conversations(model_path, tmp_path, policy, device_slots):
         device=device_slots * (SLOT_BYTES - 4096),
         block_size=BLOCK,
         policy=policy,
+        load="always",
     )
     with open_engine(model_path, store, **options) as engine:
         got, served = play(engine, seed)

@@ -62,7 +62,7 @@ def test_logits_equal_transformers(model_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cached_equals_recomputed(model_path, tmp_path, dtype):
-    store = ca.StoreConfig(dram="96MiB", ssd="96MiB", path=str(tmp_path / "kv"))
+    store = ca.StoreConfig(dram="96MiB", ssd="96MiB", path=str(tmp_path / "kv"), load="always")
     options = {"max_model_len": 1024, "dtype": dtype}
     with open_engine(model_path, store, **options) as engine:
         first = chat_ids(engine, QUESTION)

@@ -26,6 +26,7 @@ def test_there_are_examples() -> None:
     assert set(EXAMPLES) == {"engine", "ops"}
     assert README.count("```python") == len(EXAMPLES)
     commands = {"demo", "chat", "inspect", "check", "keygen", "erase", "bench", "replay"}
+    commands.add("simulate")
     assert {words[1] for words in COMMANDS} == commands
 
 

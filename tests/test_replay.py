@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from cachedattn import cli
+from cachedattn.cost import Prices, cost
 from cachedattn.replay import Cell, Hardware, Replayer, Server
 from cachedattn.trace import draw_sessions, read_trace
 
@@ -149,6 +150,45 @@ def test_measures_by_hand(two: Path) -> None:
     late = Replayer(trace, SERVER, Hardware(token_bytes=KV), granularity=1, warmup=2)
     assert late.play(Cell("lru", 0.0, six_blocks, 0))["turns"] == 2
 
+def test_costs_are_those_of_the_paper() -> None:
+    # Its own hours of LLaMA-13B on two GPUs: 16.4 % for storage, 70 % less than without.
+    turns, hours = 42_000, 6.6
+    found = cost(Prices(gpus=2), 3600 * hours, 3600 * hours, 128 * 10**9, 10 * 10**12, turns)
+    assert found["total"] == pytest.approx(sum(found[part] for part in ("gpu", "dram", "ssd")))
+    assert found["gpu"] * turns / 1e6 == pytest.approx(2 * 5 * hours)
+    assert 1 - found["gpu"] / found["total"] == pytest.approx(0.164, abs=0.002)
+    without = cost(Prices(gpus=2), 3600 * 4 * hours, 0, 0, 0, turns)
+    assert 1 - found["total"] / without["total"] == pytest.approx(0.70, abs=0.01)
+
+
+def test_costs_of_a_replay(two: Path) -> None:
+    prices = Prices(gpu=3600.0, dram=3600e9, ssd=3600e9, gpus=2)  # a dollar a second, a byte second
+    replayer = Replayer(
+        read_trace(two), SERVER, Hardware(token_bytes=KV), granularity=1, prices=prices
+    )
+    whole = replayer.play(Cell("lru", 0.0, 10**6, 0))
+    # Four turns at 8,000 tokens and 0.05 s, 16 tokens of answer at 0.03 s. Two of them have 64
+    # tokens of history to compute again without a store.
+    first, decode = 0.05 + 48 / 8000, 16 * 0.03
+    later, again = 0.05 + 16 / 8000, 0.05 + 80 / 8000
+    assert whole["cost"]["gpu"] == pytest.approx(2e6 * (first + later + 2 * decode) / 2)
+    assert whole["cost_without"]["total"] == pytest.approx(2e6 * (first + again + 2 * decode) / 2)
+    schedule = replayer.schedule(0.0)
+    held = schedule.completion.max() - schedule.arrival.min()
+    assert whole["cost"]["dram"] == pytest.approx(10**6 * held / 4 * 1e6)
+    assert whole["cost"]["ssd"] == 0
+
+
+def test_a_time_to_live(two: Path) -> None:
+    replayer = Replayer(read_trace(two), SERVER, Hardware(token_bytes=KV), granularity=1)
+    sizes = (6 * 16 * KV, 10**6)  # DRAM has no room for both sessions
+    assert replayer.play(Cell("lru+ttl=1000", 0.0, *sizes))["of_ideal"] == 1
+    short = replayer.play(Cell("lru+ttl=1", 0.0, *sizes))
+    assert short["of_ideal"] < 1  # what is over is not written to the SSD
+    for name in ("lru+ttl=0", "lru+ttl=1.5", "lru+ttl=", "lru+ttl=x"):
+        with pytest.raises(ValueError, match="no number of seconds"):
+            replayer.play(Cell(name, 0.0, *sizes))
+
 
 def test_command_prints_json(two: Path) -> None:
     args = ("--policy", "lookahead,lru,fifo", "--capacity", "50%,100%", "--load", "0.1,0.5")
@@ -182,6 +222,7 @@ def test_command_prints_a_table(two: Path, tmp_path: Path) -> None:
     answer = command(two, *args)
     assert answer.returncode == 0, answer.stderr
     assert "lookahead" in answer.stdout and "MIN" in answer.stdout
+    assert "Dollars for a million turns" in answer.stdout
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 

@@ -14,7 +14,8 @@ def model_path(tmp_path_factory):
 
 
 def config(path, **fields) -> ca.StoreConfig:
-    return ca.StoreConfig(dram="24MiB", block_size=BLOCK, ssd="64MiB", path=str(path), **fields)
+    ssd = {"ssd": "64MiB", "path": str(path), "load": "always"}
+    return ca.StoreConfig(dram="24MiB", block_size=BLOCK, **ssd, **fields)
 
 
 def cached(engine: ca.Engine, ids: list[int], tenant: str) -> dict[str, int]:

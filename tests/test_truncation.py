@@ -100,7 +100,7 @@ def test_equals_the_float64_reference(
     truncation = ca.Truncation(ratio=0.5, keep_first=keep_first)
     reference = ReferenceDecoder(model_path, block_size, window, 0.5, keep_first)
     store = ca.StoreConfig(
-        dram="24MiB", ssd="64MiB", path=str(tmp_path / "kv"), block_size=block_size
+        dram="24MiB", ssd="64MiB", path=str(tmp_path / "kv"), block_size=block_size, load="always"
     )
     ids, expected = random_ids(2 * window + 41), []
     with open_engine(model_path, store, max_model_len=window, truncation=truncation) as engine:

@@ -101,6 +101,7 @@ class NullSsd final : public SsdTier {
   KeyRing* keys() const override { return nullptr; }
   StoreCounters counters() const override { return {}; }
   uint64_t bytes_read() const override { return 0; }
+  double read_rate() const override { return 0; }
   uint64_t bytes_written() const override { return 0; }
   uint64_t checksum_failures() const override { return 0; }
   const char* io_name() const override { return "none"; }

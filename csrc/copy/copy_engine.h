@@ -18,7 +18,7 @@ struct CopyRequest {
   const std::byte* source = nullptr;
   std::byte* target = nullptr;
   uint64_t size = 0;
-  uint64_t tag = 0;
+  uint64_t tag = 0;  // of the copies on one stream, each is larger than the one before
 };
 
 class CopyEngine {
@@ -26,12 +26,31 @@ class CopyEngine {
   virtual ~CopyEngine() = default;  // waits for what is in flight
 
   virtual void Enqueue(const CopyRequest& request) = 0;
+  // Hands over what was enqueued, at the latest: an engine may do many at once.
+  virtual void Submit() {}
 
   // Appends the tags of finished copies, in order per stream. Waits up to `timeout_us` for the
   // first one when none is finished (0: does not wait).
   virtual void Poll(std::vector<uint64_t>* tags, int64_t timeout_us) = 0;
 
   virtual uint32_t in_flight() const = 0;
+
+  // False: a model that takes time alone. Memory that nobody writes is never taken.
+  virtual bool moves_bytes() const { return true; }
+
+  // Loads to have in flight: enough to keep the stream busy, few enough that a lower layer that
+  // arrives late does not wait behind many higher ones.
+  virtual uint32_t load_depth() const { return 16; }
+
+  // The rest is for devices that compute on their own, after the host has told them to.
+
+  // Whether computing that is started from now on sees what the load `tag` brings. Else the host
+  // waits until the load has finished. REQUIRES: submitted.
+  virtual bool OrderComputeAfter(uint64_t /*tag*/) { return false; }
+  // Loads that are enqueued from now on run after the computing that was started by now: places
+  // have changed hands. Saves always do.
+  virtual void OrderLoadsAfterCompute() {}
+  virtual bool computes_alone() const { return false; }
 };
 
 std::unique_ptr<CopyEngine> NewHostCopyEngine();

@@ -4,6 +4,7 @@
 #include <sys/vfs.h>
 
 #include "csrc/io/inline_engine.h"
+#include "csrc/io/read_limit.h"
 #include "csrc/io/thread_engine.h"
 #include "csrc/io/uring_engine.h"
 
@@ -46,8 +47,11 @@ Result<std::unique_ptr<IoEngine>> OpenIoEngine(int fd, const IoOptions& options)
   Status status = options.Validate();
   if (!status.ok()) return status;
   Result<std::unique_ptr<IoEngine>> engine = OpenChosen(fd, options);
-  if (engine.ok() && options.wrap) return options.wrap(std::move(engine.value()));
-  return engine;
+  if (!engine.ok()) return engine;
+  if (options.read_bytes_per_s != 0) {
+    engine = LimitReads(std::move(engine.value()), options.read_bytes_per_s);
+  }
+  return options.wrap ? options.wrap(std::move(engine.value())) : std::move(engine);
 }
 
 }  // namespace cachedattn

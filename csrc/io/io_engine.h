@@ -59,7 +59,8 @@ enum class IoKind : uint8_t { kAuto = 0, kUring = 1, kThreads = 2, kInline = 3 }
 
 struct IoOptions {
   IoKind kind = IoKind::kAuto;
-  uint32_t depth = 64;  // requests in flight, 1 to 4096
+  uint32_t depth = 64;            // requests in flight, 1 to 4096
+  uint64_t read_bytes_per_s = 0;  // reads go no faster; 0: no limit
   // Tests put a fault-injecting engine around the real one here.
   std::function<std::unique_ptr<IoEngine>(std::unique_ptr<IoEngine>)> wrap = nullptr;
 

@@ -35,6 +35,7 @@ struct PlanHeader {
   int32_t partial_tokens;  // rows / num_q_heads of partial state that the splits write
 };
 
+// An item of zeros has no rows. On CUDA such may follow the others: a graph's plan keeps its size.
 struct PlanItem {
   int32_t seq;
   int32_t row_begin, num_tokens;  // rows of the sequence

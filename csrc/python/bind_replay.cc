@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "csrc/python/bindings.h"
+#include "csrc/replay/generator.h"
 #include "csrc/replay/optimum.h"
 #include "csrc/replay/replay.h"
 
@@ -70,6 +71,32 @@ std::unique_ptr<PyReplay> NewReplay(const Column<int32_t>& parent, const Column<
   return out;
 }
 
+// A replay's progress, reported by `call`. What that raises ends the replay, and is kept.
+template <typename Call>
+std::function<bool(const ReplayProgress&)> Reporter(std::exception_ptr* error, Call call) {
+  return [error, call](const ReplayProgress& now) {
+    const py::gil_scoped_acquire acquire;
+    try {
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      call(now);
+      return true;
+    } catch (...) {
+      *error = std::current_exception();
+      return false;
+    }
+  };
+}
+
+void AddTotals(const ReplayTotals& totals, py::dict* out) {
+  (*out)["ssd_bytes_read"] = totals.ssd_bytes_read;
+  (*out)["ssd_bytes_written"] = totals.ssd_bytes_written;
+  (*out)["device_evictions"] = totals.device_evictions;
+  (*out)["dram_evictions"] = totals.dram_evictions;
+  (*out)["ssd_evictions"] = totals.ssd_evictions;
+  (*out)["without_history"] = totals.without_history;
+  (*out)["not_saved"] = totals.not_saved;
+}
+
 py::dict Play(const PyReplay& self, const std::string& policy, uint64_t device_bytes,
               uint64_t dram_bytes, uint64_t ssd_bytes, uint64_t token_bytes, double dram_reserve,
               double ssd_read_bytes_s, double ssd_write_bytes_s, double ssd_latency_s,
@@ -83,18 +110,10 @@ py::dict Play(const PyReplay& self, const std::string& policy, uint64_t device_b
                         .ssd = {ssd_read_bytes_s, ssd_write_bytes_s, ssd_latency_s, ssd_depth},
                         .copy_bytes_s = copy_bytes_s,
                         .events = events};
-  std::exception_ptr error;  // of `progress`
-  options.progress = [&](size_t done) {
-    const py::gil_scoped_acquire acquire;
-    try {
-      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-      if (!progress.is_none()) progress(done);
-      return true;
-    } catch (...) {
-      error = std::current_exception();
-      return false;
-    }
-  };
+  std::exception_ptr error;
+  options.progress = Reporter(&error, [&](const ReplayProgress& now) {
+    if (!progress.is_none()) progress(now.ended);
+  });
   auto played = [&] {
     const py::gil_scoped_release release;
     return Replay(*self.tree, self.schedule, options);
@@ -107,14 +126,46 @@ py::dict Play(const PyReplay& self, const std::string& policy, uint64_t device_b
   out["dram_tokens"] = ToArray(result.dram_tokens);
   out["device_tokens"] = ToArray(result.device_tokens);
   out["load_s"] = ToArray(result.load_s);
-  out["ssd_bytes_read"] = result.ssd_bytes_read;
-  out["ssd_bytes_written"] = result.ssd_bytes_written;
-  out["device_evictions"] = result.device_evictions;
-  out["dram_evictions"] = result.dram_evictions;
-  out["ssd_evictions"] = result.ssd_evictions;
-  out["without_history"] = result.without_history;
-  out["not_saved"] = result.not_saved;
+  AddTotals(result, &out);
   out["events"] = py::cast(result.events);
+  return out;
+}
+
+py::dict PlayGenerated(const GeneratorOptions& generator, ReplayOptions options,
+                       const py::object& progress) {
+  RaiseIfError(Validate(generator));
+  GeneratedSource source(generator);
+  std::exception_ptr error;
+  options.progress = Reporter(&error, [&](const ReplayProgress& now) {
+    py::dict out;
+    out["ended"] = source.found().conversations;
+    out["turns"] = now.ended;
+    out["live"] = now.sessions;
+    out["conversations"] = now.conversations;
+    out["blocks"] = now.blocks;
+    out["evictions"] = now.evictions;
+    if (!progress.is_none()) progress(out);
+  });
+  auto played = [&] {
+    const py::gil_scoped_release release;
+    return Replay(&source, options);
+  }();
+  if (error) std::rethrow_exception(error);
+  RaiseIfError(played.status());
+  const GeneratedSource::Found& found = source.found();
+  py::dict out;
+  out["turns"] = found.turns;
+  out["later_turns"] = found.later_turns;
+  out["prompt_tokens"] = found.prompt_tokens;
+  out["ideal_tokens"] = found.ideal_tokens;
+  out["hit_tokens"] = found.hit_tokens;
+  out["dram_tokens"] = found.dram_tokens;
+  out["half"] = found.half;
+  out["full"] = found.full;
+  out["ssd_wait_s"] = found.ssd_wait_s;
+  out["mean_queue"] = source.mean_queue();
+  out["span_s"] = source.now_s();
+  AddTotals(played.value(), &out);
   return out;
 }
 
@@ -123,9 +174,33 @@ py::dict Play(const PyReplay& self, const std::string& policy, uint64_t device_b
 void BindReplay(py::module_& module) {
   module.def("check_policy", [](const std::string& name) {
     PolicyOptions policy;
-    bool tell_over = false;
-    RaiseIfError(SetPolicy(name, &policy, &tell_over));
+    SessionHints hints;
+    RaiseIfError(SetPolicy(name, &policy, &hints));
   });
+  module.def(
+      "play_generated",
+      [](uint64_t conversations, uint64_t seed, double turns, double prompt, double answer,
+         double think_s, uint32_t context, uint32_t slots, double load, uint32_t granularity,
+         const std::string& policy, uint64_t dram_bytes, uint64_t ssd_bytes, uint64_t token_bytes,
+         double dram_reserve, double ssd_read_bytes_s, double ssd_write_bytes_s,
+         double ssd_latency_s, double copy_bytes_s, const py::object& progress) {
+        return PlayGenerated({conversations, seed, turns, prompt, answer, think_s, context, slots,
+                              load, granularity},
+                             {.policy = policy,
+                              .dram_bytes = dram_bytes,
+                              .ssd_bytes = ssd_bytes,
+                              .token_bytes = token_bytes,
+                              .dram_reserve = dram_reserve,
+                              .ssd = {ssd_read_bytes_s, ssd_write_bytes_s, ssd_latency_s},
+                              .copy_bytes_s = copy_bytes_s},
+                             progress);
+      },
+      py::kw_only(), py::arg("conversations"), py::arg("seed"), py::arg("turns"), py::arg("prompt"),
+      py::arg("answer"), py::arg("think_s"), py::arg("context"), py::arg("slots"), py::arg("load"),
+      py::arg("granularity"), py::arg("policy"), py::arg("dram_bytes"), py::arg("ssd_bytes"),
+      py::arg("token_bytes"), py::arg("dram_reserve"), py::arg("ssd_read_bytes_s"),
+      py::arg("ssd_write_bytes_s"), py::arg("ssd_latency_s"), py::arg("copy_bytes_s"),
+      py::arg("progress") = py::none());
   py::class_<PyReplay>(module, "Replay")
       .def(py::init(&NewReplay), py::kw_only(), py::arg("parent"), py::arg("shared"),
            py::arg("prompt"), py::arg("answer"), py::arg("session"), py::arg("previous"),

@@ -72,7 +72,7 @@ struct PySequence {
   void CheckAppend(std::span<const TokenId> tokens) {
     Sequence& running = get();
     const uint64_t slots = running.block_table().size() * uint64_t{chain->block_size()};
-    if (running.context_len() + tokens.size() > slots) {
+    if (running.context_len() + tokens.size() > slots || tokens.size() > running.room()) {
       throw py::value_error("append of " + std::to_string(tokens.size()) +
                             " tokens without a reserve for them");
     }
@@ -93,15 +93,13 @@ std::function<void(uint64_t, uint64_t)> WrapProgress(const py::object& progress)
   };
 }
 
-std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, uint32_t head_dim,
-                                   uint32_t block_size, const std::string& dtype,
-                                   const std::string& identity, const std::string& model_name,
-                                   uint64_t device_bytes, uint64_t dram_bytes, uint64_t ssd_bytes,
-                                   uint64_t tenant_quota_bytes, const std::string& path,
-                                   const std::string& master_key_file, const std::string& policy,
-                                   double dram_reserve, const std::string& io, uint32_t io_depth,
-                                   int64_t io_deadline_us, bool poison,
-                                   const py::object& progress) {
+std::shared_ptr<PyStore> OpenStore(
+    uint32_t num_layers, uint32_t num_kv_heads, uint32_t head_dim, uint32_t block_size,
+    const std::string& dtype, const std::string& identity, const std::string& model_name,
+    int cuda_device, uint64_t device_bytes, uint64_t dram_bytes, uint64_t ssd_bytes,
+    uint64_t tenant_quota_bytes, const std::string& path, const std::string& master_key_file,
+    const std::string& policy, double dram_reserve, const std::string& io, uint32_t io_depth,
+    int64_t io_deadline_us, uint64_t ssd_read_limit, bool poison, const py::object& progress) {
   StoreOptions options;
   options.layout = {num_layers, num_kv_heads, head_dim, block_size, ParseDType(dtype)};
   if (identity.size() != options.identity.bytes.size()) {
@@ -109,6 +107,7 @@ std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, u
   }
   std::copy(identity.begin(), identity.end(), options.identity.bytes.begin());
   options.model_name = model_name;
+  options.gpu = cuda_device;
   options.device_bytes = device_bytes;
   options.dram_bytes = dram_bytes;
   options.ssd_bytes = ssd_bytes;
@@ -120,6 +119,7 @@ std::shared_ptr<PyStore> OpenStore(uint32_t num_layers, uint32_t num_kv_heads, u
   options.io = ParseIo(io);
   options.io_depth = io_depth;
   options.io_deadline_us = io_deadline_us;
+  options.ssd_read_limit = ssd_read_limit;
   options.poison = poison;
   options.progress = WrapProgress(progress);
   auto opened = [&] {
@@ -144,9 +144,10 @@ std::shared_ptr<Chain> NewChain(PyStore& self, const py::object& tokens, const s
 }
 
 std::shared_ptr<PySequence> Begin(const std::shared_ptr<PyStore>& self,
-                                  std::shared_ptr<Chain> chain, uint32_t max_history) {
+                                  std::shared_ptr<Chain> chain, uint32_t max_history,
+                                  const ComputeCost& cost) {
   if (chain->num_tokens() == 0) throw py::value_error("the chain holds no tokens");
-  auto begun = self->get().Begin(chain, max_history);
+  auto begun = self->get().Begin(chain, max_history, cost);
   if (begun.status().code() == Code::kExhausted) return nullptr;
   RaiseIfError(begun.status());
   return std::make_shared<PySequence>(PySequence{self, std::move(chain), std::move(begun.value())});
@@ -190,9 +191,11 @@ py::dict Stats(PyStore& self) {
   out["turns"] = stats.turns;
   out["tokens_requested"] = stats.tokens_requested;
   out["tokens_from"] = TierCounts(stats.tokens_from);
+  out["tokens_recomputed"] = stats.tokens_recomputed;
   out["evictions"] = TierCounts(stats.evictions);
   out["ssd_bytes_read"] = stats.ssd_bytes_read;
   out["ssd_bytes_written"] = stats.ssd_bytes_written;
+  out["ssd_read_rate"] = stats.ssd_read_rate;
   out["failed_loads"] = stats.failed_loads;
   out["failed_saves"] = stats.failed_saves;
   out["checksum_failures"] = stats.checksum_failures;
@@ -206,17 +209,27 @@ py::dict Stats(PyStore& self) {
   out["reads_in_flight"] = stats.reads_in_flight;
   out["writes_in_flight"] = stats.writes_in_flight;
   out["saves_waiting"] = stats.saves_waiting;
+  out["pinned_bytes"] = stats.pinned_bytes;
+  out["pin_failure"] = stats.pin_failure;
   return out;
 }
 
 void BindValues(py::module_& module) {
   py::class_<CachedTokens>(module, "CachedTokens")
       .def_readonly("total", &CachedTokens::total)
+      .def_readonly("recomputed", &CachedTokens::recomputed)
       .def_property_readonly("by_tier", [](const CachedTokens& self) {
         py::dict out;
         for (uint32_t i = 0; i < kNumTiers; ++i) out[kTierNames[i]] = self.by_tier[i];
         return out;
       });
+  py::class_<ComputeCost>(module, "ComputeCost")
+      .def(py::init<uint32_t, double, double, double>(), py::kw_only(), py::arg("step_tokens") = 0,
+           py::arg("step_s") = 0, py::arg("token_s") = 0, py::arg("pair_s") = 0)
+      .def_readonly("step_tokens", &ComputeCost::step_tokens)
+      .def_readonly("step_s", &ComputeCost::step_s)
+      .def_readonly("token_s", &ComputeCost::token_s)
+      .def_readonly("pair_s", &ComputeCost::pair_s);
   py::class_<TraceEvent>(module, "TraceEvent")
       .def_readonly("time_ns", &TraceEvent::time_ns)
       .def_property_readonly(
@@ -314,11 +327,11 @@ void BindStore(py::module_& module) {
   store
       .def(py::init(&OpenStore), py::kw_only(), py::arg("num_layers"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::arg("block_size"), py::arg("dtype"), py::arg("identity"),
-           py::arg("model_name"), py::arg("device_bytes"), py::arg("dram_bytes"),
-           py::arg("ssd_bytes"), py::arg("tenant_quota_bytes"), py::arg("path"),
-           py::arg("master_key_file"), py::arg("policy"), py::arg("dram_reserve"), py::arg("io"),
-           py::arg("io_depth"), py::arg("io_deadline_us"), py::arg("poison"),
-           py::arg("progress") = py::none())
+           py::arg("model_name"), py::arg("cuda_device"), py::arg("device_bytes"),
+           py::arg("dram_bytes"), py::arg("ssd_bytes"), py::arg("tenant_quota_bytes"),
+           py::arg("path"), py::arg("master_key_file"), py::arg("policy"), py::arg("dram_reserve"),
+           py::arg("io"), py::arg("io_depth"), py::arg("io_deadline_us"), py::arg("ssd_read_limit"),
+           py::arg("poison"), py::arg("progress") = py::none())
       .def_property_readonly("handle",
                              [](PyStore& self) {
                                self.get();
@@ -333,7 +346,12 @@ void BindStore(py::module_& module) {
              self.get().SetQueue(waiting);
            })
       .def("lookup", [](PyStore& self, const Chain& chain) { return self.get().Lookup(chain); })
-      .def("begin", &Begin, py::arg("chain"), py::arg("max_history") = UINT32_MAX)
+      .def("begin", &Begin, py::arg("chain"), py::arg("max_history") = UINT32_MAX,
+           py::arg("cost") = ComputeCost())
+      .def("use_stream",
+           [](PyStore& self, uintptr_t stream) {
+             self.get().UseStream(reinterpret_cast<void*>(stream));
+           })
       .def("poll", [](PyStore& self) { self.get().Poll(); })
       .def("drain",
            [](PyStore& self) {

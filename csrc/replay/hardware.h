@@ -90,6 +90,7 @@ class ModelSsd final : public SsdTier {
   KeyRing* keys() const override { return nullptr; }
   StoreCounters counters() const override { return {}; }
   uint64_t bytes_read() const override { return bytes_read_; }
+  double read_rate() const override { return model_.read_bytes_s; }
   uint64_t bytes_written() const override { return bytes_written_; }
   uint64_t checksum_failures() const override { return 0; }
   const char* io_name() const override { return "model"; }
@@ -120,6 +121,7 @@ class ModelCopy final : public CopyEngine {
   void Enqueue(const CopyRequest& request) override;
   void Poll(std::vector<uint64_t>* tags, int64_t timeout_us) override;
   uint32_t in_flight() const override { return streams_[0].size() + streams_[1].size(); }
+  bool moves_bytes() const override { return false; }
 
  private:
   const int64_t copy_ns_;

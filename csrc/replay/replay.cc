@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <list>
-#include <memory>
+#include <unordered_map>
 
+#include "csrc/replay/trace_source.h"
+#include "csrc/replay/waiting_queue.h"
 #include "csrc/store/open_store.h"
 
 namespace cachedattn {
@@ -18,46 +20,33 @@ constexpr size_t kProgressEvery = 256;  // requests
 
 int64_t Ns(double seconds) { return std::llround(1e9 * seconds); }
 
-// Requests that wait, next to run first.
-class WaitingQueue {
- public:
-  void Join(std::shared_ptr<Chain> chain) { chains_.push_back(std::move(chain)); }
-  // It is the first, or one of few before it that found no room.
-  void Leave(const std::shared_ptr<Chain>& chain) {
-    const auto first = chains_.begin() + static_cast<ptrdiff_t>(first_);
-    const auto it = std::find(first, chains_.end(), chain);
-    std::rotate(first, it, it + 1);
-    chains_[first_].reset();
-    if (++first_ < 1024 || 2 * first_ < chains_.size()) return;
-    chains_.erase(chains_.begin(), chains_.begin() + first_);
-    first_ = 0;
-  }
-  std::span<const std::shared_ptr<Chain>> waiting() const {
-    return std::span(chains_).subspan(first_);
-  }
-
- private:
-  std::vector<std::shared_ptr<Chain>> chains_;
-  size_t first_ = 0;
-};
-
 class Player {
  public:
-  Player(const TokenTree& tree, const Schedule& schedule, const ReplayOptions& options);
+  Player(Source* source, const ReplayOptions& options) : source_(source), options_(options) {}
 
   Status Open();
-  Result<ReplayResult> Run();
+  Result<ReplayTotals> Run();
 
  private:
   // A request from its arrival to its end.
-  struct Turn {
+  struct Live {
+    Turn turn;
     std::shared_ptr<Chain> chain;
     std::unique_ptr<Sequence> sequence;
+    int64_t start_ns = 0;
+    TurnResult result;
+  };
+  // A session from its first arrival to the end of its last turn: the chain of the turn that ended
+  // last, and which one that was.
+  struct Session {
+    std::shared_ptr<Chain> chain;
+    int32_t last = kNoRequest;
+    uint32_t turns = 0;  // that have arrived and not ended
+    bool over = false;   // no other will arrive
   };
 
-  uint64_t NameOf(uint32_t r) const { return uint64_t{workload_[r].session} + 1; }
   void Arrive(uint32_t r);
-  std::shared_ptr<Chain> ChainOf(uint32_t r);
+  std::shared_ptr<Chain> ChainOf(uint32_t r, Session* session);
   void Start(uint32_t r);
   bool Begin(uint32_t r, uint32_t max_history);
   bool End(uint32_t r);
@@ -71,70 +60,41 @@ class Player {
   int64_t NextDeviceNs() const {
     return std::min(ssd_ ? ssd_->next_ns() : kNever, copy_->next_ns());
   }
+  int64_t NextScheduledNs() const {
+    const double next_s = source_->next_s();
+    return next_s == kNoTime ? kNever : Ns(next_s);
+  }
   void PublishQueue() {
     if (std::exchange(queue_changed_, false)) store_->SetQueue(queue_.waiting());
   }
   void PlayMoment(int64_t now_ns);
+  bool Report(uint64_t every);
 
-  const TokenTree& tree_;
-  const Workload& workload_;
-  const Schedule& schedule_;
+  static uint64_t NameOf(const Turn& turn) { return turn.session + 1; }
+
+  Source* const source_;
   const ReplayOptions& options_;
   VirtualClock clock_;
   ModelSsd* ssd_ = nullptr;  // of the store; nullptr: no SSD tier
   ModelCopy* copy_ = nullptr;
   std::unique_ptr<AttentionStore> store_;
 
-  bool tell_over_ = false;  // when a session has had its last turn
+  SessionHints hints_;
 
-  std::vector<Turn> turns_;
-  // By session: the chain of its last turn that has ended, which turn that was, and how many are to
-  // come.
-  struct Session {
-    std::shared_ptr<Chain> chain;
-    int32_t last = kNoRequest;
-    uint32_t turns_left = 0;
-  };
-  std::vector<Session> sessions_;
+  std::vector<Live> live_;  // by request
+  std::unordered_map<uint64_t, Session> sessions_;
+  std::vector<Event> events_;  // of this moment
   WaitingQueue queue_;
   bool queue_changed_ = false;
   std::list<uint32_t> no_room_;  // started, but there was no room for their history
   std::list<uint32_t> loading_;  // their history is on its way
   std::list<uint32_t> due_;      // their completion has come, but not all of their history
-  size_t next_arrival_ = 0, next_start_ = 0, next_completion_ = 0, num_ended_ = 0;
-  ReplayResult result_;
+  uint64_t num_arrived_ = 0, num_ended_ = 0, num_reported_ = 0;
+  ReplayTotals totals_;
 };
 
-Player::Player(const TokenTree& tree, const Schedule& schedule, const ReplayOptions& options)
-    : tree_(tree),
-      workload_(tree.workload()),
-      schedule_(schedule),
-      options_(options),
-      turns_(tree.size()),
-      sessions_(tree.size()) {
-  for (const Request& request : workload_) ++sessions_[request.session].turns_left;
-  result_.hit_tokens.resize(tree.size());
-  result_.dram_tokens.resize(tree.size());
-  result_.device_tokens.resize(tree.size());
-  result_.load_s.resize(tree.size());
-}
-
-// The most requests that run at one time.
-uint32_t MaxRunning(const Schedule& schedule) {
-  uint32_t most = 0, running = 0;
-  size_t completed = 0;
-  for (uint32_t r : schedule.by_arrival) {
-    for (; schedule.completion[schedule.by_completion[completed]] <= schedule.start[r];
-         ++completed) {
-      --running;
-    }
-    most = std::max(most, ++running);
-  }
-  return most;
-}
-
 Status Player::Open() {
-  const uint64_t token_bytes = options_.token_bytes * tree_.granularity();
+  const uint64_t token_bytes = options_.token_bytes * source_->granularity();
   const uint64_t block_bytes = token_bytes * TokenTree::kBlockSize;
   const auto slots = [&](uint64_t bytes) {
     return std::min<uint64_t>(bytes / block_bytes, 1 << 30);
@@ -145,16 +105,17 @@ Status Player::Open() {
                                               std::to_string(block_bytes));
   }
   StoreOptions store;
-  if (Status status = SetPolicy(options_.policy, &store.policy, &tell_over_); !status.ok())
+  if (Status status = SetPolicy(options_.policy, &store.policy, &hints_); !status.ok())
     return status;
   store.layout = kLayout;
   store.keep_on_device = options_.device_bytes != 0;
   store.dram_reserve = options_.dram_reserve;
   store.dram_bytes = slots(options_.dram_bytes) * kLayout.host_slot_bytes();
   // Twice what can run: turns that ended may still wait to be saved.
-  const uint64_t context = kLayout.num_blocks(tree_.max_context()) + 1;
-  const uint64_t device_slots = store.keep_on_device ? slots(options_.device_bytes)
-                                                     : 2 * (MaxRunning(schedule_) + 1) * context;
+  const uint64_t context = kLayout.num_blocks(source_->max_context()) + 1;
+  const uint64_t device_slots = store.keep_on_device
+                                    ? slots(options_.device_bytes)
+                                    : 2 * (source_->max_running() + uint64_t{1}) * context;
   store.device_bytes = device_slots * kLayout.payload_bytes();
   store.clock = &clock_;
   std::unique_ptr<ModelSsd> ssd;
@@ -173,21 +134,27 @@ Status Player::Open() {
 }
 
 // A turn that goes on where the session's last one ended extends that one's chain.
-std::shared_ptr<Chain> Player::ChainOf(uint32_t r) {
-  Session& session = sessions_[workload_[r].session];
-  const bool goes_on = session.chain != nullptr && session.last == workload_[r].parent &&
-                       tree_.shared(r) == tree_.total(session.last);
-  std::shared_ptr<Chain> chain =
-      goes_on ? std::move(session.chain) : store_->NewChain("", tree_.truncation(), NameOf(r));
-  chain->Append(tree_.Tokens(r, chain->num_tokens(), tree_.prompt(r)));
-  session.chain.reset();
+std::shared_ptr<Chain> Player::ChainOf(uint32_t r, Session* session) {
+  const Turn& turn = live_[r].turn;
+  const bool goes_on = session->chain != nullptr && session->last == turn.goes_on_from;
+  std::shared_ptr<Chain> chain = goes_on
+                                     ? std::move(session->chain)
+                                     : store_->NewChain("", source_->truncation(), NameOf(turn));
+  chain->Append(source_->Tokens(r, chain->num_tokens(), turn.prompt));
+  session->chain.reset();
   return chain;
 }
 
 void Player::Arrive(uint32_t r) {
-  turns_[r].chain = ChainOf(r);
-  queue_.Join(turns_[r].chain);
+  if (r >= live_.size()) live_.resize(r + 1);
+  const Turn turn = live_[r].turn = source_->turn(r);
+  Session& session = sessions_[turn.session];
+  ++session.turns;
+  session.over = session.over || turn.last;
+  live_[r].chain = ChainOf(r, &session);
+  queue_.Join(live_[r].chain);
   queue_changed_ = true;
+  ++num_arrived_;
 }
 
 void Player::Start(uint32_t r) {
@@ -195,31 +162,33 @@ void Player::Start(uint32_t r) {
 }
 
 bool Player::Begin(uint32_t r, uint32_t max_history) {
-  auto begun = store_->Begin(turns_[r].chain, max_history);
+  Live& live = live_[r];
+  auto begun = store_->Begin(live.chain, max_history);
   if (!begun.ok()) {
     CA_CHECK(begun.status().code() == Code::kExhausted);
     return false;
   }
-  turns_[r].sequence = std::move(begun.value());
+  live.sequence = std::move(begun.value());
   if (uint32_t tokens = 0; !ReserveStep(r, &tokens).ok()) {
-    turns_[r].sequence.reset();
+    live.sequence.reset();
     return false;
   }
-  queue_.Leave(turns_[r].chain);
+  queue_.Leave(live.chain);
   queue_changed_ = true;
-  const CachedTokens& cached = turns_[r].sequence->cached();
-  result_.device_tokens[r] = cached.by_tier[static_cast<int>(Tier::kDevice)];
-  result_.dram_tokens[r] = result_.device_tokens[r] + cached.by_tier[static_cast<int>(Tier::kDram)];
-  result_.hit_tokens[r] = result_.dram_tokens[r] + cached.by_tier[static_cast<int>(Tier::kSsd)];
-  if (turns_[r].sequence->loading()) loading_.push_back(r);
+  const CachedTokens& cached = live.sequence->cached();
+  live.result.device_tokens = cached.by_tier[static_cast<int>(Tier::kDevice)];
+  live.result.dram_tokens =
+      live.result.device_tokens + cached.by_tier[static_cast<int>(Tier::kDram)];
+  live.result.hit_tokens = live.result.dram_tokens + cached.by_tier[static_cast<int>(Tier::kSsd)];
+  if (live.sequence->loading()) loading_.push_back(r);
   return true;
 }
 
 // Looks which histories are there by now.
 void Player::NoteLoads() {
   std::erase_if(loading_, [&](uint32_t r) {
-    if (turns_[r].sequence->loading()) return false;
-    result_.load_s[r] = 1e-9 * static_cast<double>(clock_.NowNs() - Ns(schedule_.start[r]));
+    if (live_[r].sequence->loading()) return false;
+    live_[r].result.load_s = 1e-9 * static_cast<double>(clock_.NowNs() - live_[r].start_ns);
     return true;
   });
 }
@@ -227,14 +196,15 @@ void Player::NoteLoads() {
 // Where the step ends that begins with token `first`: a prompt is one step; of an answer's tokens
 // the store sees those that take a block's place and those that fill it.
 uint32_t Player::StepEnd(uint32_t r, uint32_t first) const {
-  if (first < tree_.prompt(r)) return tree_.prompt(r);
+  const Turn& turn = live_[r].turn;
+  if (first < turn.prompt) return turn.prompt;
   constexpr uint32_t kSize = TokenTree::kBlockSize;
-  return std::min(tree_.total(r), first % kSize == 0 ? first + 1 : first / kSize * kSize + kSize);
+  return std::min(turn.total, first % kSize == 0 ? first + 1 : first / kSize * kSize + kSize);
 }
 
 // Slots for the next step's tokens, of which there are `num_tokens`.
 Status Player::ReserveStep(uint32_t r, uint32_t* num_tokens) {
-  Sequence& sequence = *turns_[r].sequence;
+  Sequence& sequence = *live_[r].sequence;
   if (sequence.room() == 0) {
     sequence.Truncate();
     clock_.MoveTo(clock_.NowNs() + 1);  // what is cut off first was over first
@@ -246,44 +216,49 @@ Status Player::ReserveStep(uint32_t r, uint32_t* num_tokens) {
 
 // The turn's new tokens. Between steps, what takes no time takes effect.
 Status Player::Compute(uint32_t r) {
-  Sequence& sequence = *turns_[r].sequence;
-  while (sequence.num_computed_tokens() < tree_.total(r)) {
+  Sequence& sequence = *live_[r].sequence;
+  const uint32_t total = live_[r].turn.total;
+  while (sequence.num_computed_tokens() < total) {
     uint32_t tokens = 0;
     if (Status status = ReserveStep(r, &tokens); !status.ok()) return status;
     const uint32_t first = sequence.num_computed_tokens();
     sequence.LayerDone(0, tokens);
-    sequence.Append(tree_.Tokens(r, first, first + tokens));
-    if (first + tokens < tree_.total(r)) Settle();  // the last one ends with the turn
+    sequence.Append(source_->Tokens(r, first, first + tokens));
+    if (first + tokens < total) Settle();  // the last one ends with the turn
   }
   return Status();
 }
 
 // False: not yet.
 bool Player::End(uint32_t r) {
-  Turn& turn = turns_[r];
-  if (turn.sequence == nullptr) {
+  Live& live = live_[r];
+  if (live.sequence == nullptr) {
     if (!Begin(r, 0)) return false;
     no_room_.remove(r);
-    ++result_.without_history;
+    ++totals_.without_history;
   }
-  if (turn.sequence->loading()) return false;
+  if (live.sequence->loading()) return false;
   const Status status = Compute(r);
   if (!status.ok()) {
     CA_CHECK(status.code() == Code::kExhausted);
     if (NextDeviceNs() != kNever) return false;  // what is under way makes room
-    ++result_.not_saved;
-    turn.sequence.reset();
+    ++totals_.not_saved;
+    live.sequence.reset();
   } else {
-    turn.sequence->Commit(workload_[r].finish);
+    live.sequence->Commit(live.turn.finish);
   }
-  Session& session = sessions_[workload_[r].session];
-  if (--session.turns_left == 0 && tell_over_) {
-    store_->Advise("", NameOf(r), Advice::kOver);
+  const auto session = sessions_.find(live.turn.session);
+  if (--session->second.turns == 0 && session->second.over) {
+    if (hints_.over) store_->Advise("", NameOf(live.turn), Advice::kOver);
+    sessions_.erase(session);
   } else if (status.ok()) {
-    session.chain = std::move(turn.chain);
-    session.last = static_cast<int32_t>(r);
+    session->second.chain = std::move(live.chain);
+    session->second.last = static_cast<int32_t>(r);
+    if (hints_.time_to_live_ns > 0) {
+      store_->Advise("", NameOf(live.turn), Advice::kTimeToLive, hints_.time_to_live_ns);
+    }
   }
-  turn = Turn();
+  source_->End(r, std::exchange(live, Live()).result);
   ++num_ended_;
   return true;
 }
@@ -318,37 +293,46 @@ void Player::PollDevices() {
 
 // All that the schedule has for this moment.
 void Player::PlayMoment(int64_t now_ns) {
-  const auto due = [&](const std::vector<uint32_t>& order, size_t next,
-                       const std::vector<double>& times) {
-    return next < order.size() && Ns(times[order[next]]) <= now_ns;
-  };
-  while (due(schedule_.by_completion, next_completion_, schedule_.completion)) {
-    const uint32_t r = schedule_.by_completion[next_completion_++];
-    if (!End(r)) due_.push_back(r);
-    Settle();
-  }
-  while (due(schedule_.by_arrival, next_arrival_, schedule_.arrival)) {
-    Arrive(schedule_.by_arrival[next_arrival_++]);
-  }
-  PublishQueue();
-  while (due(schedule_.by_arrival, next_start_, schedule_.start)) {
-    Start(schedule_.by_arrival[next_start_++]);
+  events_.clear();
+  while (NextScheduledNs() <= now_ns) events_.push_back(source_->Next());
+  std::ranges::stable_sort(events_, {}, &Event::kind);
+  EventKind last = EventKind::kCompletion;
+  for (const Event& event : events_) {
+    if (std::exchange(last, event.kind) != event.kind) PublishQueue();
+    switch (event.kind) {
+      case EventKind::kCompletion:
+        if (!End(event.request)) due_.push_back(event.request);
+        Settle();
+        break;
+      case EventKind::kArrival:
+        Arrive(event.request);
+        break;
+      case EventKind::kStart:
+        live_[event.request].start_ns = Ns(event.time_s);
+        Start(event.request);
+        break;
+    }
   }
   PublishQueue();
   PollDevices();
 }
 
-Result<ReplayResult> Player::Run() {
-  const auto next = [](const std::vector<uint32_t>& order, size_t i,
-                       const std::vector<double>& times) {
-    return i < order.size() ? Ns(times[order[i]]) : kNever;
-  };
-  for (size_t reported = 0;;) {
-    const int64_t scheduled_ns =
-        std::min({next(schedule_.by_completion, next_completion_, schedule_.completion),
-                  next(schedule_.by_arrival, next_arrival_, schedule_.arrival),
-                  next(schedule_.by_arrival, next_start_, schedule_.start)});
-    const int64_t device_ns = NextDeviceNs();
+// False: the replay is given up.
+bool Player::Report(uint64_t every) {
+  if (!options_.progress || num_ended_ < num_reported_ + every) return true;
+  num_reported_ = num_ended_;
+  const StoreStats stats = store_->stats();
+  return options_.progress({.ended = num_ended_,
+                            .sessions = sessions_.size(),
+                            .conversations = stats.conversations,
+                            .blocks = stats.blocks,
+                            .evictions = stats.evictions[static_cast<int>(Tier::kDram)] +
+                                         stats.evictions[static_cast<int>(Tier::kSsd)]});
+}
+
+Result<ReplayTotals> Player::Run() {
+  for (;;) {
+    const int64_t scheduled_ns = NextScheduledNs(), device_ns = NextDeviceNs();
     if (std::min(scheduled_ns, device_ns) == kNever) break;
     clock_.MoveTo(std::min(scheduled_ns, device_ns));
     if (device_ns <= scheduled_ns) {
@@ -356,29 +340,42 @@ Result<ReplayResult> Player::Run() {
     } else {
       PlayMoment(scheduled_ns);
     }
-    if (options_.progress && num_ended_ >= reported + kProgressEvery) {
-      reported = num_ended_;
-      if (!options_.progress(num_ended_)) return Status(Code::kClosed, "the replay was given up");
-    }
+    if (!Report(kProgressEvery)) return Status(Code::kClosed, "the replay was given up");
   }
-  CA_CHECK(num_ended_ == tree_.size());
+  if (!Report(1)) return Status(Code::kClosed, "the replay was given up");
+  CA_CHECK(num_ended_ == num_arrived_);
   const StoreStats stats = store_->stats();
-  result_.ssd_bytes_read = stats.ssd_bytes_read;
-  result_.ssd_bytes_written = stats.ssd_bytes_written;
-  result_.device_evictions = stats.evictions[static_cast<int>(Tier::kDevice)];
-  result_.dram_evictions = stats.evictions[static_cast<int>(Tier::kDram)];
-  result_.ssd_evictions = stats.evictions[static_cast<int>(Tier::kSsd)];
-  result_.events = store_->TakeTrace();
-  return std::move(result_);
+  totals_.ssd_bytes_read = stats.ssd_bytes_read;
+  totals_.ssd_bytes_written = stats.ssd_bytes_written;
+  totals_.device_evictions = stats.evictions[static_cast<int>(Tier::kDevice)];
+  totals_.dram_evictions = stats.evictions[static_cast<int>(Tier::kDram)];
+  totals_.ssd_evictions = stats.evictions[static_cast<int>(Tier::kSsd)];
+  totals_.events = store_->TakeTrace();
+  return std::move(totals_);
 }
 
 }  // namespace
 
-Result<ReplayResult> Replay(const TokenTree& tree, const Schedule& schedule,
-                            const ReplayOptions& options) {
-  Player player(tree, schedule, options);
+Result<ReplayTotals> Replay(Source* source, const ReplayOptions& options) {
+  Player player(source, options);
   if (Status status = player.Open(); !status.ok()) return status;
   return player.Run();
+}
+
+Result<ReplayResult> Replay(const TokenTree& tree, const Schedule& schedule,
+                            const ReplayOptions& options) {
+  TraceSource source(tree, schedule);
+  auto totals = Replay(&source, options);
+  if (!totals.ok()) return totals.status();
+  ReplayResult result;
+  static_cast<ReplayTotals&>(result) = std::move(totals.value());
+  for (const TurnResult& turn : source.results()) {
+    result.hit_tokens.push_back(turn.hit_tokens);
+    result.dram_tokens.push_back(turn.dram_tokens);
+    result.device_tokens.push_back(turn.device_tokens);
+    result.load_s.push_back(turn.load_s);
+  }
+  return result;
 }
 
 }  // namespace cachedattn

@@ -1,7 +1,5 @@
 #include "csrc/replay/token_tree.h"
 
-#include <algorithm>
-
 namespace cachedattn {
 
 TokenTree::TokenTree(const Workload& workload, uint32_t granularity, uint32_t window)
@@ -21,9 +19,8 @@ TokenTree::TokenTree(const Workload& workload, uint32_t granularity, uint32_t wi
                         ? most
                         : std::min(request.shared / granularity, most);
     }
-    // A prompt has a token of its own: the store leaves one to compute.
-    span.prompt = std::max(request.prompt / granularity, span.shared + 1);
-    span.total = std::max((request.prompt + request.answer) / granularity, span.prompt);
+    span.prompt = PromptTokens(request.prompt, span.shared, granularity);
+    span.total = TotalTokens(request.prompt + request.answer, span.prompt, granularity);
     span.first_id = next_id;
     next_id += span.total - span.shared;
     const uint32_t held = truncation_.window == 0 ? span.total : truncation_.window;

@@ -5,6 +5,7 @@
 // each token belongs to the first request that had it, and has an id of its own.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "csrc/base/types.h"
@@ -20,6 +21,14 @@ class CA_API TokenTree {
   // `workload` outlives the tree. `window`: tokens of the model, the oldest half is dropped when
   // they are full; 0: none. REQUIRES: Validate(workload) and, with a window, room for two blocks.
   TokenTree(const Workload& workload, uint32_t granularity, uint32_t window);
+
+  // A request's tokens of the store from those of the model: of its prompt, and with the answer.
+  static uint32_t PromptTokens(uint32_t prompt, uint32_t shared, uint32_t granularity) {
+    return std::max(prompt / granularity, shared + 1);  // the store leaves one to compute
+  }
+  static uint32_t TotalTokens(uint32_t total, uint32_t prompt, uint32_t granularity) {
+    return std::max(total / granularity, prompt);
+  }
 
   const Workload& workload() const { return workload_; }
   size_t size() const { return spans_.size(); }

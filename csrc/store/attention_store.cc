@@ -6,6 +6,7 @@
 #include <new>
 #include <system_error>
 
+#include "csrc/io/io_queue.h"
 #include "csrc/store/open_store.h"
 #include "csrc/store/sequence.h"
 #include "csrc/store/store_core.h"
@@ -22,6 +23,9 @@ Status Validate(const StoreOptions& options) {
     return Invalid("dram_reserve: must be from 0 to 0.5, got " +
                    std::to_string(options.dram_reserve));
   }
+  if (options.gpu >= 0 && options.device_bytes == 0) {
+    return Invalid("device_bytes: a GPU needs a pool for blocks");
+  }
   if (options.ssd_bytes == 0 && !options.master_key_file.empty()) {
     return Invalid("encrypt: there is no SSD tier to encrypt");
   }
@@ -35,6 +39,14 @@ Status Validate(const StoreOptions& options) {
   }
   if (options.io_depth < 8 || options.io_depth > 4096) {
     return Invalid("io_depth: must be from 8 to 4096, got " + std::to_string(options.io_depth));
+  }
+  // The disk gets so much at a time, and has to answer within the deadline.
+  const double at_once = 2.0 * IoQueue::kMaxBytes;
+  if (options.ssd_read_limit != 0 &&
+      at_once * 1e6 > 1.0 * options.ssd_read_limit * options.io_deadline_us) {
+    return Invalid("ssd_read_limit: " + std::to_string(options.ssd_read_limit) +
+                   " bytes/s needs an io_deadline of " +
+                   std::to_string(at_once / options.ssd_read_limit) + " s or more");
   }
   return Status();
 }
@@ -98,6 +110,10 @@ class StoreImpl final : public AttentionStore {
     policy->Release(handle);
   }
 
+  void UseStream(void* stream) override {
+    if (core_->usable() && core_->tiers.gpu != nullptr) core_->tiers.gpu->SetCompute(stream);
+  }
+
   CachedTokens Lookup(const Chain& chain) override {
     const MemoryReserve::Use use(&core_->memory);
     if (!core_->usable() || chain.num_tokens() == 0) return CachedTokens();
@@ -105,10 +121,10 @@ class StoreImpl final : public AttentionStore {
         chain, FindHistory(core_->directory, chain, chain.num_tokens() - 1, core_->tiers.ssd_on));
   }
 
-  Result<std::unique_ptr<Sequence>> Begin(std::shared_ptr<Chain> chain,
-                                          uint32_t max_history) override {
+  Result<std::unique_ptr<Sequence>> Begin(std::shared_ptr<Chain> chain, uint32_t max_history,
+                                          const ComputeCost& cost) override {
     const MemoryReserve::Use use(&core_->memory);
-    return SequenceImpl::Begin(core_, std::move(chain), max_history);
+    return SequenceImpl::Begin(core_, std::move(chain), max_history, cost);
   }
 
   void Poll() override {
@@ -148,7 +164,7 @@ class StoreImpl final : public AttentionStore {
   PoolView pool() const override {
     const MemoryTier& pool = core_->tiers.pool();
     return {pool.payload(0), pool.slots().capacity(), pool.slot_bytes(),
-            core_->options.layout.slice_stride()};
+            core_->options.layout.slice_stride(), core_->tiers.gpu ? core_->options.gpu : -1};
   }
   const KvLayout& layout() const override { return core_->options.layout; }
 
@@ -163,20 +179,29 @@ class StoreImpl final : public AttentionStore {
   std::string io_report_;
 };
 
+// Without a GPU the device pool, if any, is memory of this process.
 Result<std::unique_ptr<AttentionStore>> OpenTiers(const StoreOptions& options,
                                                   std::unique_ptr<SsdTier> ssd,
-                                                  std::unique_ptr<CopyEngine> copy) {
+                                                  std::unique_ptr<CopyEngine> copy,
+                                                  std::unique_ptr<Gpu> gpu) {
   Tiers tiers;
   tiers.layout = options.layout;
+  tiers.gpu = std::move(gpu);
   auto dram = MemoryTier::Open(Tier::kDram, options.dram_bytes, options.layout, options.poison);
   if (!dram.ok()) return dram.status();
   tiers.dram = std::move(dram.value());
   if (options.device_bytes != 0) {
-    auto device =
-        MemoryTier::Open(Tier::kDevice, options.device_bytes, options.layout, options.poison);
+    Gpu* const on = tiers.gpu.get();
+    auto device = MemoryTier::Open(
+        Tier::kDevice, options.device_bytes, options.layout, options.poison,
+        on ? [on](uint64_t bytes) { return on->Allocate(bytes); } : AllocateSlab(MapHostSlab));
     if (!device.ok()) return device.status();
     tiers.device = std::move(device.value());
-    tiers.copy = std::move(copy);
+    tiers.copy = on ? NewGpuCopyEngine(on) : std::move(copy);
+    if (on != nullptr) {
+      const MemoryTier& dram = *tiers.dram;
+      tiers.pinner = std::make_unique<Pinner>(on, dram.slab(), dram.slot_bytes());
+    }
   }
   if (ssd != nullptr && ssd->keys() != nullptr) {
     for (MemoryTier* memory : {tiers.dram.get(), tiers.device.get()}) {
@@ -200,7 +225,9 @@ Result<std::unique_ptr<AttentionStore>> OpenAll(const StoreOptions& options) {
                            .identity = options.identity,
                            .model_name = options.model_name,
                            .max_bytes = options.ssd_bytes,
-                           .io = {.kind = options.io, .depth = options.io_depth},
+                           .io = {.kind = options.io,
+                                  .depth = options.io_depth,
+                                  .read_bytes_per_s = options.ssd_read_limit},
                            .io_deadline_us = options.io_deadline_us,
                            .clock = options.clock};
     if (!options.master_key_file.empty()) {
@@ -212,11 +239,17 @@ Result<std::unique_ptr<AttentionStore>> OpenAll(const StoreOptions& options) {
     if (!opened.ok()) return opened.status();
     ssd = std::move(opened.value());
   }
+  std::unique_ptr<Gpu> gpu;
+  if (options.gpu >= 0) {
+    auto opened = OpenCudaGpu(static_cast<uint32_t>(options.gpu));
+    if (!opened.ok()) return opened.status();
+    gpu = std::move(opened.value());
+  }
   std::unique_ptr<CopyEngine> copy;
-  if (options.device_bytes != 0) {
+  if (options.device_bytes != 0 && gpu == nullptr) {
     copy = options.io == IoKind::kInline ? NewInlineCopyEngine() : NewHostCopyEngine();
   }
-  return OpenTiers(options, std::move(ssd), std::move(copy));
+  return OpenTiers(options, std::move(ssd), std::move(copy), std::move(gpu));
 }
 
 }  // namespace
@@ -225,7 +258,14 @@ Result<std::unique_ptr<AttentionStore>> OpenStoreOn(const StoreOptions& options,
                                                     std::unique_ptr<SsdTier> ssd,
                                                     std::unique_ptr<CopyEngine> copy) {
   if (Status status = Validate(options); !status.ok()) return status;
-  return OrExhausted([&] { return OpenTiers(options, std::move(ssd), std::move(copy)); });
+  return OrExhausted([&] { return OpenTiers(options, std::move(ssd), std::move(copy), nullptr); });
+}
+
+Result<std::unique_ptr<AttentionStore>> OpenStoreOnGpu(const StoreOptions& options,
+                                                       std::unique_ptr<SsdTier> ssd,
+                                                       std::unique_ptr<Gpu> gpu) {
+  if (Status status = Validate(options); !status.ok()) return status;
+  return OrExhausted([&] { return OpenTiers(options, std::move(ssd), nullptr, std::move(gpu)); });
 }
 
 Result<std::unique_ptr<AttentionStore>> AttentionStore::Open(const StoreOptions& options) {

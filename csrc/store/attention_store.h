@@ -23,6 +23,7 @@
 #include "csrc/io/io_engine.h"
 #include "csrc/policy/policy.h"
 #include "csrc/store/chain.h"
+#include "csrc/store/load_plan.h"
 
 namespace cachedattn {
 
@@ -37,7 +38,8 @@ struct StoreOptions {
   KvLayout layout;
   Digest identity;            // of the model and everything the KV depends on but the tokens
   std::string model_name;     // for messages
-  uint64_t device_bytes = 0;  // emulated device pool; 0: the block table points at DRAM slots
+  uint64_t device_bytes = 0;  // device pool; 0: the block table points at DRAM slots
+  int gpu = -1;               // CUDA index of the GPU that has the device pool; -1: emulated
   uint64_t dram_bytes = 0;    // hard cap of the DRAM slab, running sequences included
   uint64_t ssd_bytes = 0;     // hard cap of the file; 0: no SSD tier
   std::string path;           // directory of the SSD tier
@@ -53,6 +55,7 @@ struct StoreOptions {
   IoKind io = IoKind::kAuto;  // kInline: of the copies, too
   uint32_t io_depth = 256;
   int64_t io_deadline_us = 2'000'000;  // an operation of the SSD tier that takes longer has failed
+  uint64_t ssd_read_limit = 0;  // bytes a second that the SSD tier reads at most; 0: no limit
   const Clock* clock = &SystemClock();
   // Free slots hold NaN, so that a stray read shows: for tests. Costs memory rate.
   bool poison = false;
@@ -61,9 +64,10 @@ struct StoreOptions {
 
 // How much of a chain's context is resident, in tokens, by the fastest tier that holds it.
 struct CachedTokens {
-  uint32_t total = 0;                // length of the longest reusable history
+  uint32_t total = 0;                // length of the longest reusable history, less `recomputed`
   uint32_t by_tier[kNumTiers] = {};  // context tokens served from each tier; sums to the
                                      // context's share of `total`
+  uint32_t recomputed = 0;           // history that Begin leaves to compute again: that is sooner
 };
 
 // A timed event, for traces and tests. Times are CLOCK_MONOTONIC nanoseconds.
@@ -109,8 +113,11 @@ struct TierStats {
 struct StoreStats {
   TierStats tiers[kNumTiers];
   uint64_t turns = 0, tokens_requested = 0;
-  uint64_t tokens_from[kNumTiers] = {};  // reused history tokens, by serving tier
+  uint64_t conversations = 0, blocks = 0;  // of which something is held
+  uint64_t tokens_from[kNumTiers] = {};    // reused history tokens, by serving tier
+  uint64_t tokens_recomputed = 0;          // CachedTokens::recomputed
   uint64_t ssd_bytes_read = 0, ssd_bytes_written = 0;
+  double ssd_read_rate = 0;  // bytes a second, as measured lately; 0: not known
   uint64_t evictions[kNumTiers] = {};
   uint64_t failed_loads = 0, checksum_failures = 0, failed_saves = 0;
   // The SSD tier fails: operations with an error or a short count, and those that took longer than
@@ -120,6 +127,10 @@ struct StoreStats {
   const char* ssd_state = "none";          // "on"; "off": its blocks are misses until it is back
   std::string ssd_report = "no SSD tier";  // why, in one line
   uint32_t reads_in_flight = 0, writes_in_flight = 0, saves_waiting = 0;
+  // DRAM that the GPU copies from and to at full speed; grows after open. Why it does not grow any
+  // more, or empty.
+  uint64_t pinned_bytes = 0;
+  std::string pin_failure;
 };
 
 class Sequence;
@@ -153,14 +164,20 @@ class CA_API AttentionStore {
   virtual void Advise(std::string_view tenant, uint64_t conversation, Advice advice,
                       int64_t ns = 0) = 0;
 
+  // With a GPU: the stream (cudaStream_t) that computes from now on. WaitLayer then makes it wait,
+  // not the caller, and what LayerDone and Append report need only have been started on it.
+  virtual void UseStream(void* stream) = 0;
+
   virtual CachedTokens Lookup(const Chain& chain) = 0;
 
   // Starts a turn over `chain`: pins its longest reusable history (at most `max_history` tokens,
   // and always less than the whole chain, so that one token is left to compute) and starts the
   // loads. The sequence appends to the chain. kExhausted when the pool cannot hold it now;
-  // nothing is changed then.
+  // nothing is changed then. With a `cost`, the sequence is left to compute again what of the
+  // history would come later by loading it, by the rates measured so far (design D7).
   virtual Result<std::unique_ptr<Sequence>> Begin(std::shared_ptr<Chain> chain,
-                                                  uint32_t max_history) = 0;
+                                                  uint32_t max_history,
+                                                  const ComputeCost& cost = {}) = 0;
 
   // Lets finished I/O take effect, starts what is due. Never blocks.
   virtual void Poll() = 0;
@@ -191,12 +208,16 @@ class CA_API AttentionStore {
     std::byte* base;
     uint32_t num_slots;
     uint64_t slot_stride, layer_stride;
+    int gpu;  // CUDA index of the GPU whose memory it is; -1: this process
   };
   virtual PoolView pool() const = 0;
   virtual const KvLayout& layout() const = 0;
 };
 
 // A running turn: the context as a list of blocks, and the right to append to it.
+//
+// Begin may leave a part of the history to compute again while what follows it is loaded. Until
+// that part is appended, the context is what comes before; then it is the whole history.
 // Destroying it without Commit drops what was not yet saved.
 class CA_API Sequence {
  public:
@@ -211,7 +232,8 @@ class CA_API Sequence {
   virtual uint32_t context_len() const = 0;
   // Slots of the context's blocks in order, the reserved ones included.
   virtual std::span<const int32_t> block_table() const = 0;
-  // Tokens that fit before the window is full; 0: call Truncate first. UINT32_MAX: no window.
+  // Tokens that fit before the window is full; 0: call Truncate first. UINT32_MAX: no window. While
+  // history is computed again: what is left of it.
   virtual uint32_t room() const = 0;
 
   // Makes sure that slots for `num_tokens` more tokens are in the block table. kExhausted: the
@@ -220,14 +242,16 @@ class CA_API Sequence {
 
   // True while some layer has not landed; WaitLayer need not be called when false.
   virtual bool loading() const = 0;
-  // Waits until layer `layer` of the history is in its slots. kCorrupt or kIo when it cannot be:
-  // the failed block is no longer findable; drop this step and the sequence, and begin again.
+  // Waits until layer `layer` of the context is in its slots; with a GPU until it will be for
+  // computing that is started from now on. kCorrupt or kIo when some of the history cannot be: the
+  // failed block is no longer findable; drop this step and the sequence, and begin again.
   virtual Status WaitLayer(uint32_t layer) = 0;
   // Layer `layer` of this step's `num_tokens` new tokens is in the slots: its save may start.
   virtual void LayerDone(uint32_t layer, uint32_t num_tokens) = 0;
 
   // The step is done: these tokens (the next of the chain, or newly generated ones) have their KV
-  // in the slots. Full blocks become findable and their saves start.
+  // in the slots. Full blocks become findable and their saves start. REQUIRES: tokens.size() <=
+  // room().
   virtual void Append(std::span<const TokenId> tokens) = 0;
 
   // Cuts the context by the chain's truncation rule. REQUIRES: room() == 0.

@@ -37,6 +37,7 @@ struct Block {
   Conversation owner = kNoConversation;  // whose turn used it last; held
   uint64_t generation = 0;               // of the SSD copy
   Copy copies[kNumTiers];
+  std::weak_ptr<Block> before;  // the block of `parent`, as long as that is listed
 
   bool write_failed = false;  // to SSD; not tried again
   bool listed = false;        // in the directory

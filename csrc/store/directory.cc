@@ -37,7 +37,7 @@ BlockRef Directory::Insert(uint32_t tenant, const BlockKey& key, const BlockKey&
     for (uint32_t t = 0; t < kNumTiers; ++t) block->copies[t].followers = node.mapped()[t];
   }
   CA_CHECK(blocks_.insert(block).second);
-  if (part_filled(*block)) partials_.insert(block.get());
+  if (part_filled(*block)) ++partials_[parent][num_tokens];
   SetOwner(block.get(), owner);
   return block;
 }
@@ -58,13 +58,21 @@ void Directory::SetOwner(Block* block, Conversation owner) {
 void Directory::Detach(Block* block) {
   if (!block->follows) return;
   for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
-    if (CountsAsFollower(*block, tier)) CountFollower(*block, tier, -1);
+    if (CountsAsFollower(*block, tier)) CountFollower(block, tier, -1);
   }
   block->follows = false;
 }
 
 Block* Directory::Last(Conversation conversation, Tier tier) const {
   return conversation < last_.size() ? last_[conversation][Index(tier)].first : nullptr;
+}
+
+std::vector<uint32_t> Directory::PartialLengths(const BlockKey& parent) const {
+  std::vector<uint32_t> lengths;
+  const auto it = partials_.find(parent);
+  if (it == partials_.end()) return lengths;
+  for (const auto& [length, count] : it->second) lengths.push_back(length);
+  return lengths;
 }
 
 bool Directory::ends_chain(const Block& block) const {
@@ -129,15 +137,16 @@ void Directory::Unlist(Block* block) {
     followers[t] = std::exchange(block->copies[t].followers, 0);
   }
   for (Tier tier : {Tier::kDevice, Tier::kDram, Tier::kSsd}) {
-    if (CountsAsFollower(*block, tier)) CountFollower(*block, tier, -1);
+    if (CountsAsFollower(*block, tier)) CountFollower(block, tier, -1);
     if (block->copy(tier).listed) Delist(block, tier);
     num_idle_[Index(tier)] -= IsIdle(*block, tier);
   }
   block->listed = false;
   policy_->Release(std::exchange(block->owner, kNoConversation));
   if (part_filled(*block)) {
-    const auto [first, last] = partials_.equal_range(block->parent);
-    partials_.erase(std::find(first, last, block));
+    const auto it = partials_.find(block->parent);
+    if (--it->second.at(block->num_tokens) == 0) it->second.erase(block->num_tokens);
+    if (it->second.empty()) partials_.erase(it);
   }
   replaced_.erase(block);
   const BlockKey key = block->key;
@@ -163,21 +172,21 @@ void Directory::Change(Block* block, Tier tier, const auto& change) {
   // One that was leaving and is not any more was the first to go, and is so again.
   Enlist(block, tier, leaving ? End::kFront : End::kBack);
   const int more = CountsAsFollower(*block, tier) - followed;
-  if (more != 0) CountFollower(*block, tier, more);
+  if (more != 0) CountFollower(block, tier, more);
 }
 
-void Directory::CountFollower(const Block& block, Tier tier, int more) {
-  const auto it = blocks_.find(block.parent);
-  if (it != blocks_.end()) {
-    Block* parent = it->get();
-    parent->copy(tier).followers += more;
-    if (parent->copy(tier).listed) Delist(parent, tier);
-    Enlist(parent, tier, End::kFront);  // it goes right after what has followed it
+void Directory::CountFollower(Block* block, Tier tier, int more) {
+  BlockRef before = block->before.lock();
+  if (before == nullptr || !before->listed) block->before = before = Find(block->parent);
+  if (before != nullptr) {
+    before->copy(tier).followers += more;
+    if (before->copy(tier).listed) Delist(before.get(), tier);
+    Enlist(before.get(), tier, End::kFront);  // it goes right after what has followed it
     return;
   }
-  auto& followers = orphans_[block.parent];
+  auto& followers = orphans_[block->parent];
   followers[Index(tier)] += more;
-  if (followers == std::array<uint32_t, kNumTiers>{}) orphans_.erase(block.parent);
+  if (followers == std::array<uint32_t, kNumTiers>{}) orphans_.erase(block->parent);
 }
 
 Directory::List* Directory::ListOf(const Block& block, Tier tier) {
@@ -307,8 +316,14 @@ void Directory::CheckInvariants(std::vector<SlotId> (*places)[kNumTiers]) const 
     }
   }
   CA_CHECK(num_orphaned == orphans_.size());
-  for (const Block* block : partials_) CA_CHECK(block->listed && part_filled(*block));
-  CA_CHECK(num_partials == partials_.size());
+  for (const auto& [parent, lengths] : partials_) {
+    CA_CHECK(!lengths.empty());
+    for (const auto& [length, count] : lengths) {
+      CA_CHECK(count > 0);
+      num_partials -= count;
+    }
+  }
+  CA_CHECK(num_partials == 0);
   for (const auto& [block, tails] : replaced_) CA_CHECK(block->listed && !tails.empty());
   for (uint32_t t = 0; t < kNumTiers; ++t) {
     CA_CHECK(pinned[t] == num_pinned_[t] && idle[t] == num_idle_[t]);

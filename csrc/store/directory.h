@@ -11,10 +11,10 @@
 #pragma once
 
 #include <array>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
-#include <ranges>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
@@ -122,11 +122,9 @@ class Directory {
   // Nothing follows the block, in any tier.
   bool ends_chain(const Block& block) const;
 
-  // Part-filled blocks after `parent`.
-  auto partials(const BlockKey& parent) const {
-    const auto [first, last] = partials_.equal_range(parent);
-    return std::ranges::subrange(first, last);
-  }
+  // Tokens of the part-filled blocks after `parent`, longest first. Very many may have few lengths:
+  // the first tails of all who share a prompt.
+  std::vector<uint32_t> PartialLengths(const BlockKey& parent) const;
   bool part_filled(const Block& block) const { return block.num_tokens < block_size_; }
   // When `block` has landed, these part-filled tails are useless.
   void SetReplaced(Block* block, std::vector<BlockKey> tails);
@@ -146,17 +144,14 @@ class Directory {
  private:
   friend class BlockPin;
 
-  // Sets of blocks that are looked up by a key of theirs, kept in the block alone.
-  template <BlockKey Block::* key>
-  struct By {
+  // The key is kept in the block alone.
+  struct ByKey {
     using is_transparent = void;
-    static const BlockKey& KeyOf(const BlockKey& k) { return k; }
-    static const BlockKey& KeyOf(const auto& block) { return (*block).*key; }
+    static const BlockKey& KeyOf(const BlockKey& key) { return key; }
+    static const BlockKey& KeyOf(const BlockRef& block) { return block->key; }
     size_t operator()(const auto& a) const { return DigestHash()(KeyOf(a)); }
     bool operator()(const auto& a, const auto& b) const { return KeyOf(a) == KeyOf(b); }
   };
-  using ByKey = By<&Block::key>;
-  using ByParent = By<&Block::parent>;
 
   // Linked by Copy::next and Copy::previous.
   struct List {
@@ -176,7 +171,7 @@ class Directory {
   void Change(Block* block, Tier tier, const auto& change);
   static bool CountsAsFollower(const Block& block, Tier tier);
   static bool IsIdle(const Block& block, Tier tier);
-  void CountFollower(const Block& block, Tier tier, int more);
+  void CountFollower(Block* block, Tier tier, int more);
   List* ListOf(const Block& block, Tier tier);
   void Enlist(Block* block, Tier tier, End end);
   void Delist(Block* block, Tier tier);
@@ -185,7 +180,8 @@ class Directory {
   const uint32_t block_size_;
   Policy* const policy_;
   std::unordered_set<BlockRef, ByKey, ByKey> blocks_;
-  std::unordered_multiset<Block*, ByParent, ByParent> partials_;
+  // By parent and number of tokens: how many part-filled blocks there are.
+  std::unordered_map<BlockKey, std::map<uint32_t, uint32_t, std::greater<>>, DigestHash> partials_;
   std::unordered_map<const Block*, std::vector<BlockKey>> replaced_;  // by the longer block
   std::vector<std::array<List, kNumTiers>> last_;                     // by conversation
   List leaving_[kNumTiers];

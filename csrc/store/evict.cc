@@ -59,8 +59,8 @@ bool Evictor::MakeRoom(Tier tier, uint32_t n, bool lose_unsaved, uint32_t tenant
   if (most < n) return false;
   if (!KeepQuota(tier, tenant, n)) over_quota_.insert(tenant);
   while (slots.num_free() < n) {
-    const uint32_t on_the_way =
-        tier == Tier::kDram ? writes_->num_on_the_way() : directory_->num_leaving(tier);
+    // A device copy that is being saved may take long to go, and one that is saved goes at once.
+    const uint32_t on_the_way = tier == Tier::kDram ? writes_->num_on_the_way() : 0;
     if (!lose_unsaved && slots.num_free() + on_the_way >= n) return false;
     Block* block = Next(tier);
     if (block == nullptr) break;
@@ -92,7 +92,7 @@ bool Evictor::MakeSpareRoom(uint32_t tenant, Conversation incoming) {
   const SlotPool& slots = tiers_->dram->slots();
   const bool own = !slots.WithinQuota(tenant, 1);
   if (slots.num_free() > reserve_ && !own) return true;
-  if (slots.num_free() < reserve_) return false;
+  // A place for a place: what the reserve lacks is on the way.
   while (writes_->num_on_the_way() < kMaxAwaited) {
     const Conversation victim =
         own ? policy_->Victim(Tier::kDram, tenant) : policy_->Victim(Tier::kDram);

@@ -9,13 +9,12 @@ namespace {
 // The longest part-filled block `block` of the chain, of at most `limit` tokens.
 BlockRef FindTail(const Directory& directory, const Chain& chain, uint32_t block, uint32_t limit,
                   bool ssd) {
-  Block* best = nullptr;
-  for (Block* partial : directory.partials(chain.parent_key(block))) {
-    if (partial->num_tokens > limit || !partial->resident(ssd)) continue;
-    if (best != nullptr && partial->num_tokens <= best->num_tokens) continue;
-    if (chain.PartialKey(block, partial->num_tokens) == partial->key) best = partial;
+  for (const uint32_t length : directory.PartialLengths(chain.parent_key(block))) {
+    if (length > limit) continue;
+    BlockRef tail = directory.Find(chain.PartialKey(block, length));
+    if (tail != nullptr && tail->resident(ssd)) return tail;
   }
-  return best == nullptr ? nullptr : directory.Find(best->key);
+  return nullptr;
 }
 
 }  // namespace

@@ -13,9 +13,7 @@ constexpr uint64_t kMaxPieceBytes = 1 << 20;
 // where slices are small; few enough that who comes later does not wait long.
 constexpr uint64_t kMaxReadBytesInFlight = 64 << 20;
 
-// Copies handed to the engine at a time: enough to keep its stream busy, few enough that a lower
-// layer that arrives late does not wait behind many higher ones.
-constexpr uint32_t kMaxLoadsInFlight = 16;
+constexpr uint64_t kNoTag = UINT64_MAX;
 
 // A layer waits for the whole of its group. While the disk is the slower one, what is computed lags
 // behind it by a group, so there are so many groups at least.
@@ -39,10 +37,11 @@ std::vector<std::pair<uint32_t, uint32_t>> LayerGroups(const KvLayout& layout) {
 
 }  // namespace
 
-Preloader::Preloader(Tiers* tiers, Directory* directory, Trace* trace)
+Preloader::Preloader(Tiers* tiers, Directory* directory, Trace* trace, const Clock* clock)
     : tiers_(tiers),
       directory_(directory),
       trace_(trace),
+      clock_(clock),
       groups_(LayerGroups(tiers->layout)),
       reads_(tiers->layout.num_layers),
       loads_(tiers->layout.num_layers) {}
@@ -64,7 +63,10 @@ void Preloader::Share(const FillRef& fill, Slot slot, Tier tier) {
 
 void Preloader::KeepPrivate(const FillRef& fill, Slot slot) {
   fill->private_slot = std::move(slot);
-  std::erase_if(private_fills_, [](const auto& weak) { return weak.expired(); });
+  if (private_fills_.size() == private_fills_.capacity()) {  // rarely: as long as all that runs
+    std::erase_if(private_fills_, [](const auto& weak) { return weak.expired(); });
+    private_fills_.reserve(2 * private_fills_.size() + 16);
+  }
   private_fills_.push_back(fill);
 }
 
@@ -88,6 +90,7 @@ FillRef Preloader::StartPrivateRead(const BlockRef& block, Slot slot, uint64_t s
 }
 
 void Preloader::QueueRead(const FillRef& fill, bool whole) {
+  read_bytes_waiting_ += tiers_->layout.payload_bytes();
   if (whole) {
     reads_.Push(0, {fill, 0, tiers_->layout.num_layers});
     fill->pieces_left = 1;
@@ -122,6 +125,23 @@ void Preloader::Follow(const FillRef& fill) {
   }
 }
 
+bool Preloader::Estimate(std::span<const BlockRef> blocks, TurnLoad* turn) const {
+  const auto seconds = [](uint64_t bytes, double rate) { return rate > 0 ? bytes / rate : 0; };
+  const uint64_t bytes = tiers_->layout.payload_bytes();
+  const double read_rate = tiers_->ssd != nullptr ? tiers_->ssd->read_rate() : 0;
+  const double copy_s = tiers_->device ? seconds(bytes, load_rate_.rate(clock_->NowNs())) : 0;
+  const Tier pool = tiers_->pool_tier();
+  turn->wait_s = seconds(read_bytes_waiting_ + read_bytes_in_flight_, read_rate);
+  for (const BlockRef& block : blocks) {
+    const bool reading = pool == Tier::kDevice && !block->absent(pool);
+    const bool read = block->absent(Tier::kDram) && block->absent(pool);
+    if (read && read_rate == 0) return false;
+    const double read_s = read ? seconds(bytes, read_rate) : 0;
+    turn->blocks.push_back({block->ready(pool), std::max(read_s, reading ? 0 : copy_s)});
+  }
+  return true;
+}
+
 void Preloader::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {
   for (const auto& weak : private_fills_) {
     const FillRef fill = weak.lock();
@@ -135,7 +155,15 @@ void Preloader::Pump() {
                                                  read_bytes_in_flight_ < kMaxReadBytesInFlight))) {
     StartReadPiece(reads_.Pop());
   }
-  while (!loads_.empty() && num_loads_in_flight_ < kMaxLoadsInFlight) {
+  if (tiers_->copy != nullptr) StartLoads();
+}
+
+void Preloader::StartLoads() {
+  const int64_t now_ns = clock_->NowNs();
+  const bool idle = num_loads_in_flight_ == 0;
+  load_rate_.Look(now_ns, now_ns, std::exchange(loaded_bytes_, 0), idle);
+  if (idle && !loads_.empty()) load_rate_.Begin(now_ns);
+  while (!loads_.empty() && num_loads_in_flight_ < tiers_->copy->load_depth()) {
     Piece piece = loads_.Pop();
     if (!piece.fill->status.ok()) {
       EndPiece(piece);
@@ -151,13 +179,28 @@ void Preloader::Pump() {
                               .target = fill.target + offset,
                               .size = layout.slice_stride(),
                               .tag = next_tag_++};
+    piece.fill->load_tags.resize(layout.num_layers, kNoTag);
+    piece.fill->load_tags[piece.first_layer] = request.tag;
     started_.emplace(request.tag, std::move(piece));
     ++num_loads_in_flight_;
     tiers_->copy->Enqueue(request);
   }
 }
 
+bool Preloader::Visible(Fill* fill, uint32_t layer) {
+  if (fill->visible[layer]) return true;
+  const bool started = !fill->load_tags.empty() && fill->load_tags[layer] != kNoTag;
+  if (!fill->landed[layer] &&
+      !(started && tiers_->copy->OrderComputeAfter(fill->load_tags[layer]))) {
+    return false;
+  }
+  fill->visible.set(layer);
+  return true;
+}
+
 void Preloader::StartReadPiece(Piece piece) {
+  const uint64_t bytes = piece.num_layers * tiers_->layout.slice_stride();
+  read_bytes_waiting_ -= bytes;
   if (!tiers_->ssd_on) Fail(piece.fill.get(), Status(Code::kIo, "the SSD tier is off"));
   const Fill& fill = *piece.fill;
   if (!fill.status.ok()) {
@@ -174,7 +217,7 @@ void Preloader::StartReadPiece(Piece piece) {
   std::byte* const target = fill.target;
   started_.emplace(tag, std::move(piece));
   ++num_reads_in_flight_;
-  read_bytes_in_flight_ += num_layers * tiers_->layout.slice_stride();
+  read_bytes_in_flight_ += bytes;
   tiers_->ssd->StartRead(slot, header, first_layer, num_layers, target, tag);
 }
 
@@ -213,6 +256,7 @@ void Preloader::OnLoad(uint64_t tag) {
   CA_CHECK(!node.empty());
   const Piece& piece = node.mapped();
   --num_loads_in_flight_;
+  loaded_bytes_ += tiers_->layout.slice_stride();
   trace_->Add(TraceKind::kLoadEnd, piece.fill->sequence, piece.first_layer, 1,
               piece.fill->source.slot(), piece.fill->block.get());
   Landed(piece);

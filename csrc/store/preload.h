@@ -11,7 +11,9 @@
 #include <deque>
 #include <unordered_map>
 
+#include "csrc/base/rate_meter.h"
 #include "csrc/store/directory.h"
+#include "csrc/store/load_plan.h"
 #include "csrc/store/tiers.h"
 #include "csrc/store/trace.h"
 
@@ -28,8 +30,10 @@ struct Fill {
   std::byte* target = nullptr;  // start of the target slot
   uint64_t sequence = 0;        // who asked, for traces
   std::bitset<KvLayout::kMaxLayers> landed;
-  uint32_t pieces_left = 0;  // queued or in flight, or to be queued
-  uint32_t late_pieces = 0;  // failed, but the disk may still write to the slot
+  std::vector<uint64_t> load_tags;  // by layer, of copies that were started; empty: none was
+  std::bitset<KvLayout::kMaxLayers> visible;  // to computing that is started from now on
+  uint32_t pieces_left = 0;                   // queued or in flight, or to be queued
+  uint32_t late_pieces = 0;                   // failed, but the disk may still write to the slot
   bool done = false;
   Status status;
   std::vector<std::shared_ptr<Fill>> followers;  // device fills that this DRAM fill feeds
@@ -66,7 +70,7 @@ class LayerQueue {
 
 class Preloader {
  public:
-  Preloader(Tiers* tiers, Directory* directory, Trace* trace);
+  Preloader(Tiers* tiers, Directory* directory, Trace* trace, const Clock* clock);
 
   // SSD -> DRAM into a copy that others find and wait for. `whole`: as one piece (prefetch).
   FillRef StartRead(const BlockRef& block, Slot slot, bool whole, uint64_t sequence);
@@ -78,8 +82,15 @@ class Preloader {
   FillRef StartLoad(const BlockRef& block, Slot slot, uint64_t sequence);
   FillRef StartPrivateLoad(const BlockRef& block, Slot slot, uint64_t sequence);
 
+  // What loading these blocks into the pool would take, by the rates measured so far. False: the
+  // disk would have to be read, and its rate is not known.
+  bool Estimate(std::span<const BlockRef> blocks, TurnLoad* turn) const;
+
   // Starts what the engines have room for. Reads that wait fail while the SSD tier is off.
   void Pump();
+
+  // Whether computing that starts from now on sees `layer` of the fill.
+  bool Visible(Fill* fill, uint32_t layer);
 
   // The fill under way of a shared copy; nullptr: none, or it is a save or a write.
   FillRef FillOf(const Block& block, Tier tier) const;
@@ -110,6 +121,7 @@ class Preloader {
   void Share(const FillRef& fill, Slot slot, Tier tier);
   void KeepPrivate(const FillRef& fill, Slot slot);
   void QueueRead(const FillRef& fill, bool whole);
+  void StartLoads();
   void Follow(const FillRef& fill);
   void StartReadPiece(Piece piece);
   void Landed(const Piece& piece);
@@ -120,6 +132,7 @@ class Preloader {
   Tiers* const tiers_;
   Directory* const directory_;
   Trace* const trace_;
+  const Clock* const clock_;
   std::vector<std::pair<uint32_t, uint32_t>> groups_;  // (first layer, layers) of a read's pieces
   LayerQueue<Piece> reads_;
   LayerQueue<Piece> loads_;
@@ -127,9 +140,12 @@ class Preloader {
   std::unordered_map<const Copy*, FillRef> fills_;  // of shared copies
   std::vector<std::weak_ptr<Fill>> private_fills_;  // for the invariants alone
   uint32_t num_reads_in_flight_ = 0;
+  uint64_t read_bytes_waiting_ = 0;
   uint64_t read_bytes_in_flight_ = 0;
   uint32_t num_loads_in_flight_ = 0;
-  uint32_t num_late_ = 0;  // of started_
+  RateMeter load_rate_;
+  uint64_t loaded_bytes_ = 0;  // since load_rate_ looked
+  uint32_t num_late_ = 0;      // of started_
   uint32_t num_quarantined_ = 0;
   uint64_t next_tag_ = 0;
   uint64_t num_failed_ = 0;

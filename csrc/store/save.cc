@@ -106,7 +106,9 @@ void Saver::FinishIfLanded(Save* save) {
   const KvLayout& layout = tiers_->layout;
   if (save->block == nullptr || save->num_landed < layout.num_layers) return;
   const BlockRef block = std::move(save->block);
-  ZeroUnusedTokens(layout, block->num_tokens, tiers_->dram->payload(save->target_id));
+  if (tiers_->copy->moves_bytes()) {
+    ZeroUnusedTokens(layout, block->num_tokens, tiers_->dram->payload(save->target_id));
+  }
   directory_->FinishFill(std::move(save->transfer));
   save->source.Release();
   save->source_slot.Release();

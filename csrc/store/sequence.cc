@@ -1,7 +1,6 @@
 #include "csrc/store/sequence.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace cachedattn {
 
@@ -29,125 +28,9 @@ SequenceImpl::~SequenceImpl() {
   if (!core_->forked()) End();
 }
 
-Result<std::unique_ptr<Sequence>> SequenceImpl::Begin(std::shared_ptr<StoreCore> core,
-                                                      std::shared_ptr<Chain> chain,
-                                                      uint32_t max_history) {
-  if (Status status = core->CheckUsable(); !status.ok()) return status;
-  if (!core->memory.full()) return Status(Code::kExhausted, "out of memory");
-  if (chain == nullptr || chain->num_tokens() == 0) {
-    return Status(Code::kInvalidArgument, "chain: holds no tokens");
-  }
-  if (chain->block_size() != core->options.layout.block_size) {
-    return Status(Code::kInvalidArgument, "chain: made for another block size");
-  }
-  const uint32_t limit = std::min(max_history, chain->num_tokens() - 1);
-  const History history = FindHistory(core->directory, *chain, limit, core->tiers.ssd_on);
-  std::unique_ptr<SequenceImpl> sequence(new SequenceImpl(core, chain));
-  if (Status status = sequence->TakeHistory(history); !status.ok()) return status;
-  sequence->Join(history);
-
-  const CachedTokens& cached = sequence->cached_;
-  ++core->counters.turns;
-  core->counters.tokens_requested += chain->num_tokens();
-  core->counters.tokens_from_device += cached.by_tier[static_cast<int>(Tier::kDevice)];
-  core->counters.tokens_from_dram += cached.by_tier[static_cast<int>(Tier::kDram)];
-  core->counters.tokens_from_ssd += cached.by_tier[static_cast<int>(Tier::kSsd)];
-  core->preloader.Pump();
-  return std::unique_ptr<Sequence>(std::move(sequence));
-}
-
-Status SequenceImpl::TakeHistory(const History& history) {
-  Tiers& tiers = core_->tiers;
-  const Tier pool = tiers.pool_tier();
-  std::vector<BlockPin> held;  // what is there must not make room for what is not
-  uint32_t pool_slots = 0, staging_slots = 0;
-  for (const BlockRef& block : history.blocks) {
-    for (Tier tier : {Tier::kDevice, Tier::kDram}) {
-      if (!block->absent(tier)) held.push_back(core_->directory.Pin(block, tier));
-    }
-    const bool needs_slot = block->num_tokens < block_size_ || block->absent(pool);
-    pool_slots += needs_slot;
-    staging_slots += needs_slot && pool == Tier::kDevice && block->absent(Tier::kDram);
-  }
-  if (!core_->MakeRoom(pool, pool_slots, tenant_) ||
-      !core_->MakeRoom(Tier::kDram, staging_slots, tenant_)) {
-    return Status(Code::kExhausted, "no room for " + std::to_string(history.blocks.size()) +
-                                        " blocks of history now");
-  }
-
-  cached_ = core_->Count(*chain_, history);
-  for (size_t i = 0; i < history.blocks.size(); ++i) {
-    const BlockRef& block = history.blocks[i];
-    Entry entry = block->num_tokens < block_size_ ? TakeTail(block) : TakeShared(block);
-    const SlotId slot = entry.pin               ? entry.pin.slot()
-                        : entry.fill != nullptr ? entry.fill->private_slot.id()
-                                                : entry.slot.id();
-    AddEntry(history.indices[i], std::move(entry), slot);
-    context_len_ += block->num_tokens;
-  }
-  num_computed_ = history.num_tokens;
-  num_dropped_ = entries_.empty() ? 0 : entries_.back().index + 1 - entries_.size();
-  return Status();
-}
-
-// The turn is one of the conversation whose end it goes on from, or of a new one.
-void SequenceImpl::Join(const History& history) {
-  Policy* policy = core_->policy.get();
-  prompt_tokens_ = chain_->num_tokens();
-  conversation_ = HoldConversation(policy, core_->directory, *chain_, tenant_, history);
-  if (conversation_ == kNoConversation) conversation_ = policy->Hold(0, tenant_);
-  policy->Begin(conversation_);
-  for (uint32_t i = 0; i < history.blocks.size(); ++i) {
-    core_->directory.SetOwner(history.blocks[i].get(), conversation_);
-    if (!follows(i)) core_->directory.Detach(history.blocks[i].get());
-  }
-}
-
 // The block before it in the context is the one before it in the chain, too.
 bool SequenceImpl::follows(uint32_t position) const {
   return position > 0 && entries_[position - 1].index + 1 == entries_[position].index;
-}
-
-SequenceImpl::Entry SequenceImpl::TakeShared(const BlockRef& block) {
-  Tiers& tiers = core_->tiers;
-  const Tier pool = tiers.pool_tier();
-  Entry entry;
-  if (block->absent(pool)) {
-    Slot slot = tiers.pool().slots().Take(tenant_);
-    if (pool == Tier::kDram) {
-      entry.fill = core_->preloader.StartRead(block, std::move(slot), false, id_);
-    } else {
-      if (block->absent(Tier::kDram)) {
-        core_->preloader.StartRead(block, tiers.dram->slots().Take(tenant_), false, id_);
-      }
-      entry.fill = core_->preloader.StartLoad(block, std::move(slot), id_);
-    }
-  } else {
-    entry.fill = core_->preloader.FillOf(*block, pool);  // of someone else, if it is not there yet
-  }
-  entry.pin = core_->directory.Pin(block, pool);
-  return entry;
-}
-
-// A part-filled tail will be written to: its bytes go to a slot of our own.
-SequenceImpl::Entry SequenceImpl::TakeTail(const BlockRef& block) {
-  Tiers& tiers = core_->tiers;
-  Entry entry;
-  Slot slot = tiers.pool().slots().Take(tenant_);
-  if (tiers.pool_tier() == Tier::kDevice) {
-    if (block->absent(Tier::kDram)) {
-      core_->preloader.StartRead(block, tiers.dram->slots().Take(tenant_), false, id_);
-    }
-    entry.fill = core_->preloader.StartPrivateLoad(block, std::move(slot), id_);
-  } else if (block->ready(Tier::kDram)) {
-    const SlotId source = block->copy(Tier::kDram).slot.id();
-    std::memcpy(tiers.dram->payload(slot.id()), tiers.dram->payload(source),
-                tiers.layout.payload_bytes());
-    entry.slot = std::move(slot);
-  } else {
-    entry.fill = core_->preloader.StartPrivateRead(block, std::move(slot), id_);
-  }
-  return entry;
 }
 
 void SequenceImpl::AddEntry(uint32_t index, Entry entry, SlotId slot) {
@@ -156,7 +39,16 @@ void SequenceImpl::AddEntry(uint32_t index, Entry entry, SlotId slot) {
   block_table_.push_back(static_cast<int32_t>(slot));
 }
 
+// The next block of the context, to be computed.
+void SequenceImpl::AddPrivate() {
+  Entry entry;
+  entry.slot = core_->tiers.pool().slots().Take(tenant_);
+  const SlotId slot = entry.slot.id();
+  AddEntry(static_cast<uint32_t>(entries_.size()) + num_dropped_, std::move(entry), slot);
+}
+
 uint32_t SequenceImpl::room() const {
+  if (recompute_end_ != 0) return recompute_end_ - context_len_;
   return window_ == UINT32_MAX ? UINT32_MAX : window_ - context_len_;
 }
 
@@ -173,12 +65,7 @@ Status SequenceImpl::Reserve(uint32_t num_tokens) {
   if (!core_->MakeRoom(pool, more, tenant_)) {
     return Status(Code::kExhausted, "no room for " + std::to_string(more) + " more blocks now");
   }
-  for (uint32_t i = 0; i < more; ++i) {
-    Entry entry;
-    entry.slot = core_->tiers.pool().slots().Take(tenant_);
-    const SlotId slot = entry.slot.id();
-    AddEntry(static_cast<uint32_t>(entries_.size()) + num_dropped_, std::move(entry), slot);
-  }
+  while (entries_.size() < needed) AddPrivate();
   return Status();
 }
 
@@ -188,10 +75,13 @@ bool SequenceImpl::loading() const {
   });
 }
 
-// Lets go of the fills that are done; private slots become ours.
+// Lets go of the fills that are done, or will be before any computing; private slots become ours.
 void SequenceImpl::Settle() {
   for (Entry& entry : entries_) {
-    if (entry.fill == nullptr || !entry.fill->done || !entry.fill->status.ok()) continue;
+    if (entry.fill == nullptr || !entry.fill->status.ok()) continue;
+    if (!entry.fill->done && entry.fill->visible.count() < core_->options.layout.num_layers) {
+      continue;
+    }
     if (!entry.pin) entry.slot = std::move(entry.fill->private_slot);
     entry.fill.reset();
   }
@@ -209,7 +99,8 @@ Status SequenceImpl::WaitLayer(uint32_t layer) {
     for (const Entry& entry : entries_) {
       if (entry.fill == nullptr) continue;
       if (!entry.fill->status.ok()) return entry.fill->status;
-      landed = landed && entry.fill->landed[layer];
+      if (recompute_end_ != 0) continue;  // what is computed now needs nothing that is loaded
+      landed = core_->preloader.Visible(entry.fill.get(), layer) && landed;
     }
     if (landed) break;
   }
@@ -242,6 +133,7 @@ void SequenceImpl::Append(std::span<const TokenId> tokens) {
   const auto known = chain_->tokens().subspan(num_computed_);
   const size_t common = std::min(known.size(), tokens.size());
   CA_CHECK(std::ranges::equal(tokens.first(common), known.first(common)));
+  CA_CHECK(tokens.size() <= room());
   CA_CHECK(context_len_ + tokens.size() <= entries_.size() * block_size_);
   chain_->Append(tokens.subspan(common));
   Settle();
@@ -249,6 +141,9 @@ void SequenceImpl::Append(std::span<const TokenId> tokens) {
   num_computed_ += static_cast<uint32_t>(tokens.size());
   context_len_ += static_cast<uint32_t>(tokens.size());
   for (uint32_t i = first; i < context_len_ / block_size_; ++i) PublishFull(i);
+  if (recompute_end_ == 0 || context_len_ < recompute_end_) return;
+  recompute_end_ = 0;
+  context_len_ = num_computed_ = cached_.total + cached_.recomputed;
 }
 
 BlockRef SequenceImpl::InsertBlock(const BlockKey& key, uint32_t position, uint32_t num_tokens) {
@@ -259,11 +154,10 @@ BlockRef SequenceImpl::InsertBlock(const BlockKey& key, uint32_t position, uint3
       directory.Insert(tenant_, key, parent, num_tokens, index, follows(position), conversation_);
   core_->trace.Add(TraceKind::kPublish, id_, 0, 0, kNoSlot, block.get());
   std::vector<BlockKey> replaced;
-  for (const Block* partial : directory.partials(parent)) {
-    const uint32_t shorter = partial->num_tokens;
-    if (shorter < num_tokens && chain_->PartialKey(index, shorter) == partial->key) {
-      replaced.push_back(partial->key);
-    }
+  for (const uint32_t shorter : directory.PartialLengths(parent)) {
+    if (shorter >= num_tokens) continue;
+    const BlockKey tail = chain_->PartialKey(index, shorter);
+    if (directory.Find(tail) != nullptr) replaced.push_back(tail);
   }
   directory.SetReplaced(block.get(), std::move(replaced));
   return block;
@@ -329,13 +223,14 @@ void SequenceImpl::Truncate() {
   const Conversation over = core_->policy->Hold(0, tenant_);
   core_->policy->SetOver(over);
   for (auto it = first; it != first + cut->num_blocks; ++it) {
-    if (it->pin && it->pin.block()->owner == conversation_) {
-      core_->directory.SetOwner(it->pin.block().get(), over);
-    }
+    const BlockRef block = it->pin ? it->pin.block() : nullptr;
+    if (block && block->owner == conversation_) core_->directory.SetOwner(block.get(), over);
     Release(std::move(*it));
+    if (block) core_->saver.Leave(block);
   }
   core_->policy->Release(over);
   entries_.erase(first, first + cut->num_blocks);
+  if (core_->tiers.copy != nullptr) core_->tiers.copy->OrderLoadsAfterCompute();
   if (cut->first_block < entries_.size() && entries_[cut->first_block].pin) {
     core_->directory.Detach(entries_[cut->first_block].pin.block().get());
   }
@@ -376,6 +271,7 @@ void SequenceImpl::End() {
   for (Entry& entry : entries_) Release(std::move(entry));
   entries_.clear();
   block_table_.clear();
+  if (core_->tiers.copy != nullptr) core_->tiers.copy->OrderLoadsAfterCompute();
   if (conversation_ != kNoConversation) {
     core_->policy->End(conversation_, turn_ ? &*turn_ : nullptr);
     core_->policy->Release(conversation_);

@@ -13,8 +13,8 @@ class SequenceImpl final : public Sequence {
  public:
   // As AttentionStore::Begin.
   static Result<std::unique_ptr<Sequence>> Begin(std::shared_ptr<StoreCore> core,
-                                                 std::shared_ptr<Chain> chain,
-                                                 uint32_t max_history);
+                                                 std::shared_ptr<Chain> chain, uint32_t max_history,
+                                                 const ComputeCost& cost);
   ~SequenceImpl() override;
 
   uint64_t id() const override { return id_; }
@@ -49,10 +49,12 @@ class SequenceImpl final : public Sequence {
 
   SequenceImpl(std::shared_ptr<StoreCore> core, std::shared_ptr<Chain> chain);
 
-  Status TakeHistory(const History& history);
+  BlockRange Plan(const History& history, const ComputeCost& cost) const;
+  Status TakeHistory(const History& history, BlockRange again);
   void Join(const History& history);
   Entry TakeShared(const BlockRef& block);
   Entry TakeTail(const BlockRef& block);
+  void AddPrivate();
   void AddEntry(uint32_t index, Entry entry, SlotId slot);
   void Settle();
   void PublishFull(uint32_t position);
@@ -74,6 +76,9 @@ class SequenceImpl final : public Sequence {
   CachedTokens cached_;
   uint32_t num_computed_ = 0;
   uint32_t context_len_ = 0;
+  // Until the context has so many tokens again, it is computed while what follows it is loaded; 0:
+  // not, or no longer.
+  uint32_t recompute_end_ = 0;
   uint32_t num_dropped_ = 0;  // blocks that cuts have taken
   std::vector<Entry> entries_;
   std::vector<int32_t> block_table_;  // slot of each entry

@@ -49,7 +49,7 @@ StoreCore::StoreCore(const StoreOptions& store_options, Tiers&& opened)
       directory(options.layout.block_size, policy.get()),
       writes(&tiers, &directory, policy.get(), &trace, options.clock),
       evictor(&tiers, &directory, policy.get(), &writes, &trace, ReserveSlots(options, tiers)),
-      preloader(&tiers, &directory, &trace),
+      preloader(&tiers, &directory, &trace, options.clock),
       saver(&tiers, &directory, &evictor, &trace, options.keep_on_device),
       prefetcher(&tiers, &directory, policy.get(), &evictor, &preloader),
       health(options.clock) {
@@ -194,9 +194,11 @@ Result<bool> StoreCore::EraseTenant(std::string_view tenant) {
 void StoreCore::Drive(int64_t timeout_us) {
   if (tiers.copy != nullptr) {
     copied_.clear();
-    // With copies under way the wait is for them, and the disk is looked at after it.
-    const bool copying = tiers.copy->in_flight() > 0;
-    tiers.copy->Poll(&copied_, copying ? timeout_us : 0);
+    // With copies under way the wait is for them, and the disk is looked at after it; but a GPU
+    // waits for them by itself.
+    const bool copying = tiers.copy->in_flight() > 0 &&
+                         !(tiers.copy->computes_alone() && preloader.num_reads_in_flight() > 0);
+    if (tiers.copy->in_flight() > 0) tiers.copy->Poll(&copied_, copying ? timeout_us : 0);
     if (copying) timeout_us = 0;
     for (uint64_t tag : copied_) {
       (tag & kSaveTag) ? saver.OnCopy(tag) : preloader.OnLoad(tag);
@@ -216,6 +218,7 @@ void StoreCore::Drive(int64_t timeout_us) {
     if (memory.full()) prefetcher.Pump();
     if (!preloader.reads_waiting()) again |= writes.Pump();
   }
+  if (tiers.copy != nullptr) tiers.copy->Submit();
 }
 
 void StoreCore::TakeCompletions(int64_t timeout_us) {
@@ -321,14 +324,18 @@ StoreStats StoreCore::Stats() const {
     stats.evictions[static_cast<int>(tier)] =
         tier == Tier::kSsd ? writes.num_evicted() : evictor.num_evicted(tier);
   }
+  stats.conversations = policy->num_conversations();
+  stats.blocks = directory.num_blocks();
   stats.turns = counters.turns;
   stats.tokens_requested = counters.tokens_requested;
   stats.tokens_from[0] = counters.tokens_from_device;
   stats.tokens_from[1] = counters.tokens_from_dram;
   stats.tokens_from[2] = counters.tokens_from_ssd;
+  stats.tokens_recomputed = tokens_recomputed;
   if (tiers.ssd != nullptr) {
     stats.ssd_bytes_read = tiers.ssd->bytes_read();
     stats.ssd_bytes_written = tiers.ssd->bytes_written();
+    stats.ssd_read_rate = tiers.ssd->read_rate();
     stats.checksum_failures = tiers.ssd->checksum_failures();
     stats.ssd_state = tiers.ssd_on ? "on" : "off";
     stats.ssd_report = health.report();
@@ -342,6 +349,10 @@ StoreStats StoreCore::Stats() const {
   stats.resting_slots = writes.num_resting();
   stats.reads_in_flight = preloader.num_reads_in_flight();
   stats.writes_in_flight = writes.num_in_flight();
+  if (tiers.pinner != nullptr) {
+    stats.pinned_bytes = tiers.pinner->pinned_bytes();
+    stats.pin_failure = tiers.pinner->failure();
+  }
   stats.saves_waiting = writes.num_waiting() + saver.num_waiting() + saver.num_in_flight();
   return stats;
 }

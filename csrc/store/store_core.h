@@ -77,6 +77,7 @@ struct StoreCore : std::enable_shared_from_this<StoreCore> {
   std::set<SequenceImpl*> sequences;  // alive
   uint64_t next_sequence_id = 1;
   StoreCounters counters;            // since open
+  uint64_t tokens_recomputed = 0;    // by choice
   uint64_t conversations_ended = 0;  // for the mean size of one
   uint64_t conversation_bytes = 0;
 

@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "csrc/copy/copy_engine.h"
+#include "csrc/copy/gpu.h"
+#include "csrc/copy/pinner.h"
 #include "csrc/store/attention_store.h"
 #include "csrc/tier/memory_tier.h"
 #include "csrc/tier/ssd_tier.h"
@@ -17,7 +19,9 @@ constexpr uint64_t kSaveTag = uint64_t{1} << 63;
 struct Tiers {
   KvLayout layout;
   // Memory first: it is given back last, after the engines have let go of it.
+  std::unique_ptr<Gpu> gpu;  // nullptr: the device tier, if any, is memory of this process
   std::unique_ptr<MemoryTier> dram;
+  std::unique_ptr<Pinner> pinner;       // of the DRAM slab; nullptr without a GPU
   std::unique_ptr<MemoryTier> device;   // nullptr: block tables index DRAM slots (design D9)
   std::unique_ptr<SlotPool> ssd_slots;  // nullptr: no SSD tier
   std::unique_ptr<SsdTier> ssd;

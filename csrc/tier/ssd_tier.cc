@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "csrc/base/rate_meter.h"
 #include "csrc/io/direct_file.h"
 #include "csrc/io/io_queue.h"
 #include "csrc/tier/block_cipher.h"
@@ -66,6 +67,7 @@ class SsdTierImpl : public SsdTier {
   KeyRing* keys() const override { return options_.keys.get(); }
   StoreCounters counters() const override { return CountersOf(file_->superblock()); }
   uint64_t bytes_read() const override { return bytes_read_; }
+  double read_rate() const override { return read_rate_.rate(clock_.NowNs()); }
   uint64_t bytes_written() const override { return bytes_written_; }
   uint64_t checksum_failures() const override { return checksum_failures_; }
   const char* io_name() const override { return engine_.name(); }
@@ -79,6 +81,7 @@ class SsdTierImpl : public SsdTier {
   void Start(const Op& op);
   void Submit(uint32_t index);
   void HandOver();
+  void TakeBack(std::span<const IoCompletion> finished, int64_t asked_ns);
   void OnCompletion(uint32_t index, int32_t result, std::vector<SsdCompletion>* out);
   void OnProbe(uint32_t index, std::vector<SsdCompletion>* out);
   void OnDeadline(int64_t now_ns, std::vector<SsdCompletion>* out);
@@ -102,6 +105,8 @@ class SsdTierImpl : public SsdTier {
   std::vector<Op> ops_;
   std::vector<uint32_t> free_ops_;
   int64_t next_deadline_ns_ = INT64_MAX;  // not after the first one of ops_
+  RateMeter read_rate_;
+  uint32_t num_reading_ = 0;  // reads that the engine has
   uint32_t num_late_ = 0;
   bool ended_ = false;  // by Sync: what is in flight is what it gave up waiting for
   std::vector<SlotDamage> damaged_;
@@ -116,12 +121,27 @@ void SsdTierImpl::Submit(uint32_t index) {
 void SsdTierImpl::HandOver() {
   const std::span<const IoRequest> requests = queue_.Submit();
   if (requests.empty()) return;
-  const int64_t deadline_ns = clock_.NowNs() + deadline_us_ * 1000;
+  const int64_t now_ns = clock_.NowNs();
+  const int64_t deadline_ns = now_ns + deadline_us_ * 1000;
   next_deadline_ns_ = std::min(next_deadline_ns_, deadline_ns);
   for (const IoRequest& request : requests) {
+    if (request.op == IoOp::kRead && num_reading_++ == 0) read_rate_.Begin(now_ns);
     ops_[request.tag].state = Op::kInFlight;
     ops_[request.tag].deadline_ns = deadline_ns;
   }
+}
+
+// What the engine, asked at `asked_ns`, has finished.
+void SsdTierImpl::TakeBack(std::span<const IoCompletion> finished, int64_t asked_ns) {
+  uint64_t read = 0;
+  for (const IoCompletion& done : finished) {
+    const Op& op = ops_[done.tag];
+    if (!op.late) queue_.Release(RequestOf(static_cast<uint32_t>(done.tag)).size);
+    if (op.kind != IoOp::kRead) continue;
+    --num_reading_;
+    read += std::max(done.result, 0);
+  }
+  read_rate_.Look(asked_ns, clock_.NowNs(), read, num_reading_ == 0);
 }
 
 void SsdTierImpl::Start(const Op& op) {
@@ -189,11 +209,9 @@ void SsdTierImpl::Poll(std::vector<SsdCompletion>* out, int64_t timeout_us) {
   }
   std::array<IoCompletion, 64> finished;
   size_t count = engine_.Poll(finished, timeout_us);
+  if (count == 0 && num_reading_ > 0) TakeBack({}, now_ns);
   while (count > 0 && !ended_) {
-    for (size_t i = 0; i < count; ++i) {
-      const auto index = static_cast<uint32_t>(finished[i].tag);
-      if (!ops_[index].late) queue_.Release(RequestOf(index).size);
-    }
+    TakeBack(std::span(finished).first(count), now_ns);
     HandOver();
     for (size_t i = 0; i < count; ++i) {
       OnCompletion(static_cast<uint32_t>(finished[i].tag), finished[i].result, out);

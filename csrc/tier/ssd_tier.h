@@ -167,6 +167,8 @@ class CA_API SsdTier {
   virtual KeyRing* keys() const = 0;           // nullptr: not encrypted
   virtual StoreCounters counters() const = 0;  // as the last clean close left them
   virtual uint64_t bytes_read() const = 0;
+  // Bytes a second that the disk gave lately while it had reads to do; 0: not known.
+  virtual double read_rate() const = 0;
   virtual uint64_t bytes_written() const = 0;
   virtual uint64_t checksum_failures() const = 0;  // times that a check failed, re-reads included
   virtual const char* io_name() const = 0;

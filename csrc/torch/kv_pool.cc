@@ -19,7 +19,9 @@ Tensor KvPoolLayerOp(int64_t handle, int64_t layer) {
   return torch::stable::from_blob(
       pool.base + layer * pool.layer_stride, {int64_t{pool.num_slots}, 2, heads, block, dim},
       {static_cast<int64_t>(pool.slot_stride) / size, heads * block * dim, block * dim, dim, 1},
-      torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarOf(layout.dtype));
+      pool.gpu < 0 ? torch::stable::Device(torch::headeronly::DeviceType::CPU)
+                   : torch::stable::Device(torch::headeronly::DeviceType::CUDA, pool.gpu),
+      ScalarOf(layout.dtype));
 }
 
 }  // namespace

@@ -267,14 +267,27 @@ TEST_F(DirectoryTest, AnyStepsKeepTheInvariants) {
 
 TEST_F(DirectoryTest, ALongerBlockReplacesUnusedTails) {
   const BlockRef used = InsertReady(1, Tier::kDram, 3), unused = InsertReady(2, Tier::kDram, 5);
-  EXPECT_EQ(std::ranges::distance(directory_.partials(Key(0))), 2);
+  EXPECT_EQ(directory_.PartialLengths(Key(0)), (std::vector<uint32_t>{5, 3}));
   const BlockRef full = InsertReady(3);
   directory_.SetReplaced(full.get(), {Key(1), Key(2)});
   const BlockPin pin = directory_.Pin(used, Tier::kDram);
   directory_.DropReplaced(full.get(), true);
   EXPECT_NE(directory_.Find(Key(1)), nullptr);
   EXPECT_EQ(directory_.Find(Key(2)), nullptr);
-  EXPECT_EQ(std::ranges::distance(directory_.partials(Key(0))), 1);
+  EXPECT_EQ(directory_.PartialLengths(Key(0)), (std::vector<uint32_t>{3}));
+  Check();
+}
+
+// What a lookup tries does not grow with those who share a prompt and end soon after it.
+TEST_F(DirectoryTest, ManyTailsHaveFewLengths) {
+  std::vector<BlockRef> tails;
+  for (uint8_t i = 1; i <= 6; ++i) tails.push_back(InsertReady(i, Tier::kDram, 1 + i % 3));
+  EXPECT_EQ(directory_.PartialLengths(Key(0)), (std::vector<uint32_t>{3, 2, 1}));
+  for (uint8_t i = 1; i <= 6; ++i) {
+    if (i % 3 != 1) directory_.Drop(tails[i - 1].get(), Tier::kDram);
+  }
+  EXPECT_EQ(directory_.PartialLengths(Key(0)), (std::vector<uint32_t>{2}));
+  EXPECT_TRUE(directory_.PartialLengths(Key(1)).empty());
   Check();
 }
 

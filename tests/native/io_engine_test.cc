@@ -35,7 +35,7 @@ class IoEngineTest : public ::testing::TestWithParam<IoKind> {
 
   // An engine on the file, or null with the test skipped where this machine refuses io_uring.
   std::unique_ptr<IoEngine> Open(uint32_t depth) {
-    return OpenOn(file_.fd.get(), {GetParam(), depth, nullptr});
+    return OpenOn(file_.fd.get(), {.kind = GetParam(), .depth = depth});
   }
   std::unique_ptr<IoEngine> OpenOn(int fd, const IoOptions& options) {
     Result<std::unique_ptr<IoEngine>> engine = OpenIoEngine(fd, options);
@@ -99,7 +99,7 @@ TEST_P(IoEngineTest, ShortReadAtTheEndOfTheFile) {
 
 TEST_P(IoEngineTest, AnErrorIsAResult) {
   auto data = Pages(1);
-  auto engine = OpenOn(-1, {GetParam(), 2, nullptr});
+  auto engine = OpenOn(-1, {.kind = GetParam(), .depth = 2});
   if (engine == nullptr) GTEST_SKIP() << "io_uring is refused on this machine";
   EXPECT_EQ(RunOne(engine.get(), {IoOp::kRead, 0, data.get(), kPage, 1}), -EBADF);
   EXPECT_EQ(RunOne(engine.get(), {IoOp::kWrite, 0, data.get(), kPage, 2}), -EBADF);
@@ -148,7 +148,7 @@ TEST_P(IoEngineTest, SignalsDoNotLoseRequests) {
 TEST_P(IoEngineTest, DepthIsChecked) {
   for (uint32_t depth : {0u, 4097u}) {
     Result<std::unique_ptr<IoEngine>> engine =
-        OpenIoEngine(file_.fd.get(), {GetParam(), depth, nullptr});
+        OpenIoEngine(file_.fd.get(), {.kind = GetParam(), .depth = depth});
     ASSERT_FALSE(engine.ok());
     EXPECT_EQ(engine.status().code(), Code::kInvalidArgument);
     EXPECT_NE(engine.status().message().find(std::to_string(depth)), std::string::npos);
@@ -160,7 +160,7 @@ TEST_P(IoEngineTest, FaultyEngineBreaksTheChosenRequests) {
   FaultPlan plan;
   auto out = Pages(1), in = Pages(1);
   std::memset(out.get(), 3, kPage);
-  auto engine = OpenOn(file_.fd.get(), {GetParam(), 4, plan.Wrap()});
+  auto engine = OpenOn(file_.fd.get(), {.kind = GetParam(), .depth = 4, .wrap = plan.Wrap()});
   if (engine == nullptr) GTEST_SKIP() << "io_uring is refused on this machine";
   plan.Add({.op = IoOp::kWrite, .kind = FaultKind::kError, .skip = 1, .error = ENOSPC});
   plan.Add({.op = IoOp::kRead, .kind = FaultKind::kShort});

@@ -119,8 +119,11 @@ sim_mutant(save_not_awaited store/save.cc honest
   [=[save->num_landed < layout.num_layers) return;]=]
   [=[save->num_landed + 1 < layout.num_layers) return;]=])
 sim_mutant(layer_not_awaited store/sequence.cc honest
-  [=[landed = landed && entry.fill->landed[layer];]=]
-  [=[landed = landed && entry.fill->landed[0];]=])
+  [=[Visible(entry.fill.get(), layer) && landed;]=]
+  [=[Visible(entry.fill.get(), 0) && landed;]=])
+sim_mutant(jumps_too_early store/sequence.cc honest
+  [=[if (recompute_end_ == 0 || context_len_ < recompute_end_) return;]=]
+  [=[if (recompute_end_ == 0) return;]=])
 sim_mutant(released_before_use store/preload.cc honest
   [=[  fill->status = status;]=]
   [=[  fill->status = status;
@@ -159,3 +162,18 @@ sim_mutant(given_up_save_reads_on store/sequence.cc honest
 sim_mutant(saved_from_a_fill store/sequence.cc honest
   [=[if (layer == 0 && !entry.fill) entry.save]=]
   [=[if (layer == 0) entry.save]=])
+
+# ---- a GPU's queues ----
+
+store_mutant(load_not_awaited copy/gpu_copy_engine.cc gpu_store_test *NothingOvertakes*
+  [=[    gpu_->Wait(Gpu::Queue::kCompute, batch->mark);]=] "")
+store_mutant(saved_before_computed copy/gpu_copy_engine.cc gpu_store_test *NothingOvertakes*
+  [=[stream == CopyStream::kSave || places_changed_]=]
+  [=[places_changed_]=])
+store_mutant(place_given_too_early store/sequence.cc gpu_store_test *NothingOvertakes*
+  [=[  block_table_.clear();
+  if (core_->tiers.copy != nullptr) core_->tiers.copy->OrderLoadsAfterCompute();]=]
+  [=[  block_table_.clear();]=])
+store_mutant(layer_not_awaited_gpu store/preload.cc gpu_store_test *NothingOvertakes*
+  [=[OrderComputeAfter(fill->load_tags[layer])]=]
+  [=[OrderComputeAfter(fill->load_tags[0])]=])

@@ -3,7 +3,8 @@
 //   store_sim --mode=hostile|honest [--n=N] [--seed=S] [--processes=P]
 //
 // Runs the schedules of the seeds S, S + 1, ... and ends with one line. One store in four is
-// encrypted; a tag that does not fit counts as a checksum. A hostile disk also lies;
+// encrypted; a tag that does not fit counts as a checksum. Half of the turns may compute history
+// again instead of loading it. A hostile disk also lies;
 // no turn may ever read a wrong byte. An honest disk reports what fails; then no checksum may ever
 // fail either. Exit status 1: something was wrong, or a kind of fault never fired in many runs.
 #include <sys/mman.h>
@@ -34,6 +35,7 @@ struct Arguments {
 struct Tally {
   uint64_t schedules, encrypted, wrong, checksum_failures, failed_turns;
   uint64_t hits[kNumTiers];
+  uint64_t recomputed;
   uint64_t fired[kNumDiskFaults];
   uint64_t running_seed;  // for a run that ends in an abort
 };
@@ -59,6 +61,7 @@ void RunSchedules(const Arguments& arguments, uint32_t process, Tally* tally) {
     tally->encrypted += options.encrypt && options.ssd != 0;
     tally->checksum_failures += report.checksum_failures;
     tally->failed_turns += report.failed_turns;
+    tally->recomputed += report.recomputed;
     for (uint32_t t = 0; t < kNumTiers; ++t) tally->hits[t] += report.hits[t];
     for (uint32_t f = 0; f < kNumDiskFaults; ++f) {
       tally->fired[f] += disk.fired(static_cast<DiskFault>(f));
@@ -107,6 +110,7 @@ Tally Sum(const Arguments& arguments, const Tally* tallies) {
     sum.wrong += tallies[p].wrong;
     sum.checksum_failures += tallies[p].checksum_failures;
     sum.failed_turns += tallies[p].failed_turns;
+    sum.recomputed += tallies[p].recomputed;
     for (uint32_t t = 0; t < kNumTiers; ++t) sum.hits[t] += tallies[p].hits[t];
     for (uint32_t f = 0; f < kNumDiskFaults; ++f) sum.fired[f] += tallies[p].fired[f];
   }
@@ -135,7 +139,9 @@ bool PrintLine(const Arguments& arguments, const Tally& sum) {
                 static_cast<unsigned long long>(sum.hits[t]));
     complete = complete && sum.hits[t] != 0;
   }
-  std::printf(" mode=%s\n", ModeOf(arguments));
+  complete = complete && sum.recomputed != 0;
+  std::printf(" recomputed=%llu mode=%s\n", static_cast<unsigned long long>(sum.recomputed),
+              ModeOf(arguments));
   return complete || sum.schedules < kManySchedules;
 }
 
@@ -179,7 +185,8 @@ int Main(int argc, char** argv) {
   const bool complete = PrintLine(arguments, sum);
   if (!complete)
     std::fprintf(stderr,
-                 "a kind of fault never fired, a tier was never hit, or no store was encrypted\n");
+                 "a kind of fault never fired, a tier was never hit, no store was encrypted, or "
+                 "nothing was computed again\n");
   return ended && complete && sum.wrong == 0 ? 0 : 1;
 }
 

@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "csrc/kernels/attn_plan.h"
 #include "csrc/kernels/cpu/scalar.h"
 #include "csrc/kernels/params.h"
 
@@ -127,16 +128,18 @@ class AttentionCase {
     return one;
   }
 
-  // What the device gives. More rows than the longest sequence has are allowed for by `slack`.
-  AttentionResult Run(int slack = 0) {
+  // What the device gives. More rows than the longest sequence has are allowed for by `slack`; the
+  // plan ends with `idle_items` items of zeros.
+  AttentionResult Run(int slack = 0, int idle_items = 0) {
     const int num_seqs = static_cast<int>(shape_.q_lens.size());
     std::vector<int32_t> cu_q(num_seqs + 1, 0);
     std::partial_sum(shape_.q_lens.begin(), shape_.q_lens.end(), cu_q.begin() + 1);
     std::vector<int32_t> kv_lens(shape_.kv_lens.begin(), shape_.kv_lens.end());
     std::vector<int32_t> table = table_;
     AttnParams p;
-    const std::vector<int32_t> plan =
+    std::vector<int32_t> plan =
         MakeAttnPlan(cu_q.data(), kv_lens.data(), num_seqs, shape_.q_heads / shape_.kv_heads, 2);
+    plan.resize(plan.size() + idle_items * kPlanItemWords, 0);
     const int64_t rows = cu_q.back(), width = int64_t{shape_.q_heads} * shape_.head_dim;
     Elements out(shape_.dtype, rows * width);
     AttentionResult result;

@@ -95,8 +95,8 @@ class Player {
     chain_->Append(tokens_);
   }
 
-  Status Begin(uint32_t max_history) {
-    auto begun = store_->Begin(chain_, max_history);
+  Status Begin(uint32_t max_history, const ComputeCost& cost = {}) {
+    auto begun = store_->Begin(chain_, max_history, cost);
     if (!begun.ok()) return begun.status();
     sequence_ = std::move(begun.value());
     // Tokens of the history; the cut that is due before the next one is still to come.
@@ -114,7 +114,9 @@ class Player {
         std::min({most, static_cast<uint32_t>(tokens_.size()) - done, sequence_->room()});
     if (Status status = sequence_->Reserve(count); !status.ok()) return status;
     const uint32_t context = sequence_->context_len();
-    for (uint32_t i = 0; i < count; ++i) reference_.Push(tokens_[done + i]);
+    while (reference_.num_tokens() < done + count) {
+      reference_.Push(tokens_[reference_.num_tokens()]);
+    }
     Expect(context + count == reference_.positions().size(), "length of the context");
     for (uint32_t layer = 0; layer < store_->layout().num_layers; ++layer) {
       if (layer == end_layer) return Status();
@@ -126,7 +128,10 @@ class Player {
       sequence_->LayerDone(layer, count);
     }
     sequence_->Append(std::span(tokens_).subspan(done, count));
-    Expect(sequence_->num_computed_tokens() == done + count, "number of computed tokens");
+    const uint32_t history = cached().total + cached().recomputed;
+    const bool again = done < history;  // what was left to compute again ends in all of the history
+    const uint32_t computed = sequence_->num_computed_tokens();
+    Expect(computed == done + count || (again && computed == history), "number of computed tokens");
     return Status();
   }
 

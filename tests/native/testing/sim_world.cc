@@ -129,6 +129,7 @@ void SimWorld::End() {
   if (!status.ok() && Harmless()) Wrong("Close: " + status.message());
   const StoreStats stats = store_->stats();
   report_.checksum_failures += stats.checksum_failures;
+  report_.recomputed += stats.tokens_recomputed;
   for (uint32_t t = 0; t < kNumTiers; ++t) report_.hits[t] += stats.tokens_from[t];
   store_.reset();
 }
@@ -154,6 +155,14 @@ Tokens SimWorld::NewTokens(uint32_t count, uint32_t root) {
   return tokens;
 }
 
+// Of computing, against which loads are weighed by what the disk was seen to give.
+ComputeCost SimWorld::RandomCost() {
+  if (random_.OneIn(2)) return {};
+  return {.step_tokens = 1 + random_.Below(16),
+          .step_s = random_.OneIn(2) ? 0 : 1e-6 * static_cast<double>(random_.Scale(8)),
+          .token_s = 1e-6 * static_cast<double>(random_.Scale(10))};
+}
+
 void SimWorld::Start(Conversation* conversation) {
   Tokens& history = conversation->history;
   const uint32_t block = options_.layout.block_size;
@@ -169,12 +178,13 @@ void SimWorld::Start(Conversation* conversation) {
                                        conversation->tenant, conversation->name);
   Allow(kQuickUs);
   const CachedTokens seen = store_->Lookup(*turn->chain());
-  const Status status = turn->Begin(UINT32_MAX);
+  const Status status = turn->Begin(UINT32_MAX, RandomCost());
   if (!status.ok()) {
     if (status.code() != Code::kExhausted) Wrong("Begin: " + status.message());
     return;
   }
-  if (turn->cached().total != seen.total) Wrong("Begin found other blocks than Lookup");
+  const CachedTokens& found = turn->cached();
+  if (found.total + found.recomputed != seen.total) Wrong("Begin found other blocks than Lookup");
   conversation->turn = std::move(turn);
 }
 

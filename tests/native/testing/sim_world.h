@@ -43,6 +43,7 @@ struct WorldReport {
   std::string wrong;  // what was found to be wrong; empty: nothing
   uint64_t checksum_failures = 0;
   uint64_t hits[kNumTiers] = {};  // tokens
+  uint64_t recomputed = 0;        // tokens that could have been loaded
   uint64_t failed_turns = 0;
 };
 
@@ -74,6 +75,7 @@ class SimWorld {
   void Crash();
   void Reopen();
   void StepOnce();
+  ComputeCost RandomCost();
   void Start(Conversation* conversation);
   void Advance(Conversation* conversation);
   void EndTurn(Conversation* conversation, bool commit);

@@ -1,0 +1,155 @@
+// FakeGpu: a Gpu without one. Its memory is memory of this process that the store may not touch,
+// each queue is a thread, and all work takes a random while, so that what is not ordered by a mark
+// comes in the wrong order soon.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "csrc/base/check.h"
+#include "csrc/copy/gpu.h"
+#include "tests/native/testing/sim_disk.h"
+
+namespace cachedattn {
+
+class FakeGpu final : public Gpu {
+ public:
+  explicit FakeGpu(uint64_t seed) {
+    for (uint32_t i = 0; i < kNumQueues; ++i) {
+      lanes_[i].thread = std::thread([this, i, seed] { Run(&lanes_[i], seed * kNumQueues + i); });
+    }
+  }
+  ~FakeGpu() override {
+    for (Lane& lane : lanes_) Push(&lane, [&lane] { lane.stopping = true; });
+    for (Lane& lane : lanes_) lane.thread.join();
+  }
+
+  // Work of the framework's.
+  void Compute(std::function<void()> work) { Push(&LaneOf(Queue::kCompute), std::move(work)); }
+  // Waits until all of it is done.
+  void Synchronize(Queue queue = Queue::kCompute) {
+    const Mark mark = Record(queue);
+    while (!Reached(mark)) std::this_thread::yield();
+    Forget(mark);
+  }
+  // Waits of the computing, and of saves, for a mark that was not reached yet.
+  uint32_t compute_waits() const { return LaneOf(Queue::kCompute).num_waits; }
+  uint32_t save_waits() const { return LaneOf(Queue::kSave).num_waits; }
+
+  Result<std::unique_ptr<Slab>> Allocate(uint64_t bytes) override {
+    auto memory = MapHostSlab(bytes);
+    if (!memory.ok()) return memory.status();
+    return std::unique_ptr<Slab>(std::make_unique<DeviceSlab>(this, std::move(memory.value())));
+  }
+  Status Pin(std::span<std::byte> host) override {
+    if (fail_pin_after_ == 0) return Status(Code::kExhausted, "cannot pin more");
+    --fail_pin_after_;
+    pinned_ += host.size();
+    return Status();
+  }
+  void Unpin(std::span<std::byte> host) override { pinned_ -= host.size(); }
+  void SetCompute(void*) override {}
+
+  void Copy(Queue queue, std::span<const CopyRequest> copies) override {
+    std::vector<CopyRequest> batch(copies.begin(), copies.end());
+    Push(&LaneOf(queue), [batch = std::move(batch)] {
+      for (const CopyRequest& copy : batch) std::memcpy(copy.target, copy.source, copy.size);
+    });
+  }
+  Mark Record(Queue queue) override {
+    if (free_marks_.empty()) {
+      free_marks_.push_back(static_cast<Mark>(marks_.size()));
+      marks_.emplace_back();
+    }
+    const Mark mark = free_marks_.back();
+    free_marks_.pop_back();
+    marks_[mark] = std::make_shared<std::atomic<bool>>(false);
+    Push(&LaneOf(queue), [reached = marks_[mark]] { *reached = true; });
+    return mark;
+  }
+  void Wait(Queue queue, Mark mark) override {
+    Lane* lane = &LaneOf(queue);
+    Push(lane, [lane, reached = marks_[mark]] {
+      lane->num_waits += !*reached;
+      while (!*reached) std::this_thread::yield();
+    });
+  }
+  bool Reached(Mark mark) override { return *marks_[mark]; }
+  void Forget(Mark mark) override { free_marks_.push_back(mark); }
+
+  uint32_t fail_pin_after_ = UINT32_MAX;  // parts
+  std::atomic<uint64_t> pinned_ = 0;
+
+ private:
+  struct Lane {
+    std::mutex mutex;
+    std::condition_variable wake;
+    std::deque<std::function<void()>> queue;  // guarded by mutex
+    bool stopping = false;                    // of its thread
+    std::atomic<uint32_t> num_waits = 0;
+    std::thread thread;
+  };
+
+  class DeviceSlab final : public Slab {
+   public:
+    DeviceSlab(FakeGpu* gpu, std::unique_ptr<Slab> memory)
+        : Slab(memory->bytes()), gpu_(gpu), memory_(std::move(memory)) {}
+    ~DeviceSlab() override {
+      for (Queue queue : {Queue::kLoad, Queue::kSave, Queue::kCompute}) gpu_->Synchronize(queue);
+    }
+    bool on_host() const override { return false; }
+    void Fill(std::byte* at, int value, uint64_t size) override {
+      gpu_->Order(Queue::kCompute, Queue::kLoad);
+      gpu_->Push(&gpu_->LaneOf(Queue::kLoad), [=] { std::memset(at, value, size); });
+      gpu_->Order(Queue::kLoad, Queue::kCompute);
+    }
+
+   private:
+    FakeGpu* const gpu_;
+    const std::unique_ptr<Slab> memory_;
+  };
+
+  Lane& LaneOf(Queue queue) { return lanes_[static_cast<int>(queue)]; }
+  const Lane& LaneOf(Queue queue) const { return lanes_[static_cast<int>(queue)]; }
+  void Order(Queue first, Queue second) {
+    const Mark mark = Record(first);
+    Wait(second, mark);
+    Forget(mark);
+  }
+
+  static void Push(Lane* lane, std::function<void()> work) {
+    {
+      const std::lock_guard lock(lane->mutex);
+      lane->queue.push_back(std::move(work));
+    }
+    lane->wake.notify_one();
+  }
+
+  static void Run(Lane* lane, uint64_t seed) {
+    SimRandom random(seed);
+    while (!lane->stopping) {
+      std::unique_lock lock(lane->mutex);
+      lane->wake.wait(lock, [lane] { return !lane->queue.empty(); });
+      const std::function<void()> work = std::move(lane->queue.front());
+      lane->queue.pop_front();
+      lock.unlock();
+      if (random.OneIn(4)) {
+        std::this_thread::sleep_for(std::chrono::microseconds(random.Below(200)));
+      }
+      work();
+    }
+  }
+
+  Lane lanes_[kNumQueues];
+  std::vector<std::shared_ptr<std::atomic<bool>>> marks_;
+  std::vector<Mark> free_marks_;
+};
+
+}  // namespace cachedattn
