@@ -35,9 +35,7 @@ class Machine:
         return (2 * self.parameters + batch * context * self.token_bytes) / self.memory
 
 
-def with_preload(
-    machine: Machine, batch: int, history: int, new: int, buffer: int | None
-) -> float:
+def with_preload(machine: Machine, batch: int, history: int, new: int, buffer: int | None) -> float:
     """Seconds until `new` tokens of each sequence are computed over a history in DRAM.
 
     buffer: layers whose history lies on the device before the batch begins; None: nothing is
@@ -54,9 +52,7 @@ def with_preload(
     return end
 
 
-def with_saving(
-    machine: Machine, batch: int, prompt: int, steps: int, asynchronous: bool
-) -> float:
+def with_saving(machine: Machine, batch: int, prompt: int, steps: int, asynchronous: bool) -> float:
     """Seconds for a prompt and `steps` tokens of each sequence, until the next batch has room.
 
     A layer's KV of the prompt can leave when the layer is computed, that of a step when the step

@@ -34,6 +34,8 @@ class ReplayArgs:
     turns_per_second: float | None
     slots: int | None
     window: int | None
+    prefill_rate: float | None
+    decode_rate: float | None
     model: str
     ssd_read: str
     ssd_write: str
@@ -124,14 +126,9 @@ def hardware_of(model: str, ssd_read: str, ssd_write: str, copy: str) -> Hardwar
 
 def server_of(args: ReplayArgs) -> Server:
     """The server that the options describe."""
-    server = Server()
-    if args.slots is not None:
-        server = replace(server, slots=args.slots)
-    if args.window is not None:
-        server = replace(server, window=args.window)
-    if args.turns_per_second is not None:
-        server = replace(server, turns_per_second=args.turns_per_second)
-    return server
+    names = ("slots", "window", "turns_per_second", "prefill_rate", "decode_rate")
+    given = {name: getattr(args, name) for name in names}
+    return replace(Server(), **{k: v for k, v in given.items() if v is not None})
 
 
 def prepare(args: ReplayArgs) -> tuple[Trace, Replayer, list[Cell]]:

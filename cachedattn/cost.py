@@ -15,6 +15,9 @@ class Prices:
     gpus: int = 1
 
 
+PAPER_PRICES = Prices()
+
+
 def cost(
     prices: Prices, gpu_s: float, held_s: float, dram: int, ssd: int, turns: int
 ) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cachedattn import _core
-from cachedattn.cost import Prices, cost
+from cachedattn.cost import PAPER_PRICES, Prices, cost
 from cachedattn.trace import ANSWER_S, PREFILL_RATE, TURN_S, Trace
 
 KV_BYTES = {  # of one token, bfloat16
@@ -38,6 +38,9 @@ class Server:
     load: float = 0.95
     turns_per_second: float = 0.0  # in place of a load
     window: int = 0  # tokens of context, the oldest half goes at overflow; 0: none
+    # Of turns that the trace does not time, before all times are scaled to the load.
+    prefill_rate: float = PREFILL_RATE  # tokens a second
+    decode_rate: float = 1 / ANSWER_S  # tokens a second of one answer
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Replayer:
         granularity: int = 0,
         dram_reserve: float = 0.1,
         warmup: int = 0,
-        prices: Prices = Prices(),
+        prices: Prices = PAPER_PRICES,
     ) -> None:
         self.trace, self.server, self.hardware = trace, server, hardware
         self.granularity = granularity or granularity_for(trace)
@@ -110,7 +113,7 @@ class Replayer:
         """The trace under `load`; 0 where the server has a rate."""
         with self.lock:
             if load not in self.schedules:
-                columns = self.trace.columns
+                columns = self.trace.columns | {"service_s": self.service_s()}
                 self.schedules[load] = _core.Replay(
                     **{name: columns[name] for name in (*COLUMNS, *TIMES)},
                     granularity=self.granularity,
@@ -121,6 +124,13 @@ class Replayer:
                     turns_per_second=0.0 if load else self.server.turns_per_second,
                 )
             return self.schedules[load]
+
+    def service_s(self) -> np.ndarray:
+        """Seconds of each turn, as the trace says or by the server's rates."""
+        columns, server = self.trace.columns, self.server
+        new = columns["prompt"] - columns["shared"].astype(np.int64)
+        modelled = TURN_S + new / server.prefill_rate + columns["answer"] / server.decode_rate
+        return np.where(columns["service_s"] >= 0, columns["service_s"], modelled)
 
     def optimum(self, load: float, capacity: int) -> np.ndarray:
         """Tokens that each request finds at best in `capacity` bytes."""
@@ -225,7 +235,7 @@ class Replayer:
         own = columns["prompt"] - columns["shared"].astype(np.int64)
         missing = schedule.ideal().astype(np.int64) - hits
         new = np.maximum(own + missing * self.granularity, 1)
-        return schedule.factor * (TURN_S + new / PREFILL_RATE)
+        return schedule.factor * (TURN_S + new / self.server.prefill_rate)
 
     def costs(self, schedule: Any, result: dict[str, Any], cell: Cell) -> dict[str, Any]:
         """Dollars for a million turns, with the store and with every history computed again.
@@ -235,7 +245,8 @@ class Replayer:
         the last completion."""
         mask = self.measured(schedule)
         turns = int(mask.sum())
-        decode = schedule.factor * ANSWER_S * self.trace.columns["answer"] / self.server.slots
+        answer_s = self.trace.columns["answer"] / self.server.decode_rate
+        decode = schedule.factor * answer_s / self.server.slots
         seconds = (schedule.completion.max() - schedule.arrival.min()) * mask.mean()
         hits = result["hit_tokens"]
         busy = float((self.prefill_s(schedule, hits) + decode)[mask].sum())

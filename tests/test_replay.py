@@ -150,6 +150,7 @@ def test_measures_by_hand(two: Path) -> None:
     late = Replayer(trace, SERVER, Hardware(token_bytes=KV), granularity=1, warmup=2)
     assert late.play(Cell("lru", 0.0, six_blocks, 0))["turns"] == 2
 
+
 def test_costs_are_those_of_the_paper() -> None:
     # Its own hours of LLaMA-13B on two GPUs: 16.4 % for storage, 70 % less than without.
     turns, hours = 42_000, 6.6
