@@ -12,11 +12,11 @@ Install cachedattn with its extras:  pip install 'cachedattn[demo]'"""
 try:
     import rich  # noqa: F401  (what the commands print with)
     import typer
+
+    from cachedattn.cli_replay_options import replay_app
 except ModuleNotFoundError as error:
     print(MISSING_EXTRA.format(name=error.name), file=sys.stderr)
     sys.exit(2)
-
-from cachedattn.cli_replay_options import replay_app
 
 app = typer.Typer(
     help="A conversation's attention state is computed once and kept in device memory, DRAM and "

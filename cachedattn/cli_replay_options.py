@@ -9,6 +9,23 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
+KvModel = Annotated[
+    str, typer.Option(help="llama-8b, -13b, -65b or -70b, or bytes of KV per token.")
+]
+SsdRead = Annotated[str, typer.Option(help="Read rate of the SSD, a second.")]
+SsdWrite = Annotated[str, typer.Option(help="Write rate of the SSD, a second.")]
+Copy = Annotated[
+    str, typer.Option(help="Rate between DRAM and device, a second; 0: takes no time.")
+]
+Policies = Annotated[
+    str,
+    typer.Option(
+        help="Policies with commas: lookahead, hazard, lru, fifo, each with any of +ended "
+        "(told of last turns), +ttl=SECONDS (of idle sessions), +in-service (DRAM drops "
+        "running ones first), +whole, +per-token."
+    ),
+]
+
 replay_app = typer.Typer()
 
 
@@ -17,14 +34,7 @@ def replay(
     trace: Annotated[
         Path, typer.Argument(help="JSON lines, plain or gzip; '-' reads standard input.")
     ],
-    policy: Annotated[
-        str,
-        typer.Option(
-            help="Policies with commas: lookahead, hazard, lru, fifo, each with any of +ended "
-            "(told of last turns), +ttl=SECONDS (of idle sessions), +in-service (DRAM drops "
-            "running ones first), +whole, +per-token."
-        ),
-    ] = "hazard,lookahead,lru",
+    policy: Policies = "hazard,lookahead,lru",
     capacity: Annotated[
         str,
         typer.Option(help="Sizes with commas: percent of the trace's KV, or '4.4TB'."),
@@ -53,14 +63,10 @@ def replay(
     decode_rate: Annotated[
         float | None, typer.Option(min=1e-6, help="Tokens a second of one answer. Default: 33.")
     ] = None,
-    model: Annotated[
-        str, typer.Option(help="llama-8b, -13b, -65b or -70b, or bytes of KV per token.")
-    ] = "llama-13b",
-    ssd_read: Annotated[str, typer.Option(help="Read rate of the SSD, a second.")] = "5GB",
-    ssd_write: Annotated[str, typer.Option(help="Write rate of the SSD, a second.")] = "3GB",
-    copy: Annotated[
-        str, typer.Option(help="Rate between DRAM and device, a second; 0: takes no time.")
-    ] = "0",
+    model: KvModel = "llama-13b",
+    ssd_read: SsdRead = "5GB",
+    ssd_write: SsdWrite = "3GB",
+    copy: Copy = "0",
     arrivals_per_hour: Annotated[
         float, typer.Option(min=1e-6, help="Sessions, where a trace times only within them.")
     ] = 120.0,
@@ -115,14 +121,10 @@ def simulate(
     policy: Annotated[str, typer.Option(help="Policies with commas, as in replay.")] = "hazard",
     dram: Annotated[str, typer.Option(help="Size of the DRAM tier.")] = "128GB",
     ssd: Annotated[str, typer.Option(help="Size of the SSD tier; 0: none.")] = "10TB",
-    model: Annotated[
-        str, typer.Option(help="llama-8b, -13b, -65b or -70b, or bytes of KV per token.")
-    ] = "llama-13b",
-    ssd_read: Annotated[str, typer.Option(help="Read rate of the SSD, a second.")] = "5GB",
-    ssd_write: Annotated[str, typer.Option(help="Write rate of the SSD, a second.")] = "3GB",
-    copy: Annotated[
-        str, typer.Option(help="Rate between DRAM and device, a second; 0: takes no time.")
-    ] = "0",
+    model: KvModel = "llama-13b",
+    ssd_read: SsdRead = "5GB",
+    ssd_write: SsdWrite = "3GB",
+    copy: Copy = "0",
     granularity: Annotated[
         int, typer.Option(min=0, help="Tokens that are moved as one. Default: by mean lengths.")
     ] = 0,

@@ -203,6 +203,7 @@ def play_live(
         policy=setup.policy,
         dram_reserve=setup.reserve,
         io="inline",
+        load="always",  # the replay knows no rates
     )
     cut = ca.Truncation(ratio=0.5, keep_first=0) if setup.window else None
     options = {"max_num_seqs": 1, "max_model_len": setup.window or MAX_TOKENS, "truncation": cut}
