@@ -49,12 +49,9 @@ void RestoreConversations(Policy* policy, Directory* directory, std::span<const 
   }
 }
 
-Windows ComputeWindows(uint64_t dram_bytes, uint64_t ssd_bytes, uint64_t conversation_bytes) {
-  const auto requests = [&](uint64_t bytes) {
-    return static_cast<uint32_t>(
-        std::clamp<uint64_t>(bytes / std::max<uint64_t>(conversation_bytes, 1), 1, UINT32_MAX - 1));
-  };
-  return {requests(dram_bytes), requests(dram_bytes + ssd_bytes)};
+uint32_t PrefetchWindow(uint64_t dram_bytes, uint64_t conversation_bytes) {
+  const uint64_t window = dram_bytes / std::max<uint64_t>(conversation_bytes, 1);
+  return static_cast<uint32_t>(std::clamp<uint64_t>(window, 1, UINT32_MAX));
 }
 
 }  // namespace cachedattn

@@ -20,12 +20,8 @@ Conversation HoldWaiting(Policy* policy, Directory* directory, const Chain& chai
 // the order in which these were written. A block that several share belongs to the latest.
 void RestoreConversations(Policy* policy, Directory* directory, std::span<const BlockRef> blocks);
 
-// How far into the waiting queue the store plans, in requests: what fits into DRAM is worth
-// prefetching, what fits into DRAM and SSD is worth keeping.
-struct Windows {
-  uint32_t prefetch = 0;
-  uint32_t eviction = 0;
-};
-Windows ComputeWindows(uint64_t dram_bytes, uint64_t ssd_bytes, uint64_t conversation_bytes);
+// How far into the waiting queue it is worth prefetching, in requests: as many as DRAM holds
+// conversations of the mean size (CachedAttention, section 3.3).
+uint32_t PrefetchWindow(uint64_t dram_bytes, uint64_t conversation_bytes);
 
 }  // namespace cachedattn

@@ -75,9 +75,13 @@ bool Evictor::MakeRoom(Tier tier, uint32_t n, bool lose_unsaved, uint32_t tenant
 void Evictor::KeepReserve() {
   std::erase_if(over_quota_, [this](uint32_t t) { return KeepQuota(Tier::kDram, t, 0); });
   const SlotPool& slots = tiers_->dram->slots();
-  while (slots.num_free() + writes_->num_on_the_way() < reserve_) {
-    Block* block = Next(Tier::kDram);
+  for (;;) {
+    const uint32_t to_come = slots.num_free() + writes_->num_on_the_way();
+    Block* block = to_come < reserve_ ? Next(Tier::kDram) : nullptr;
     if (block == nullptr) return;
+    // Turns that end take from the reserve and soon give back: what was just brought for one that
+    // waits is not given up, to be read again, before half of the reserve is gone.
+    if (policy_->waiting(block->owner) && to_come >= reserve_ / 2) return;
     TryEvict(Tier::kDram, block);
   }
 }

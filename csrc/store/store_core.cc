@@ -282,20 +282,17 @@ void StoreCore::SetQueue(std::span<const std::shared_ptr<Chain>> waiting) {
       mean += chain->num_tokens() * options.layout.bytes_per_token() / waiting.size();
     }
   }
-  const auto kv_bytes = [this](const SlotPool* slots) {
-    return slots ? slots->capacity() * options.layout.payload_bytes() : 0;
-  };
-  const Windows windows =
-      ComputeWindows(kv_bytes(&tiers.dram->slots()), kv_bytes(tiers.ssd_slots.get()), mean);
   std::vector<Conversation> conversations;
-  for (const auto& chain : waiting.first(std::min<size_t>(waiting.size(), windows.eviction))) {
+  for (const auto& chain : waiting) {
     const Conversation conversation = HoldWaiting(policy.get(), &directory, *chain, tiers.ssd_on);
     if (conversation != kNoConversation) conversations.push_back(conversation);
   }
   policy->SetQueue(conversations);
   for (const Conversation conversation : conversations) policy->Release(conversation);
   if (tiers.ssd == nullptr) return;
-  prefetcher.SetQueue(waiting.first(std::min<size_t>(waiting.size(), windows.prefetch)));
+  const uint64_t dram_bytes = tiers.dram->slots().capacity() * options.layout.payload_bytes();
+  prefetcher.SetQueue(
+      waiting.first(std::min<size_t>(waiting.size(), PrefetchWindow(dram_bytes, mean))));
 }
 
 void StoreCore::CheckInvariants() const {

@@ -158,6 +158,42 @@ TEST_F(StorePolicyTest, TheReserveIsKeptAndNothingIsLost) {
   for (const Tokens& tokens : all) EXPECT_EQ(Cached(store.get(), tokens), 3 * kBlock);
 }
 
+TEST_F(StorePolicyTest, WhatWaitsIsGivenUpForTheLastHalfOfTheReserveAlone) {
+  const auto store = Open(PolicyKind::kLookahead, {10, 64, 0}, 0.4);
+  PlayTurn(store.get(), a_);
+  PlayTurn(store.get(), b_);
+  store->Flush();
+  const auto a = ChainFor(store.get(), a_ + MakeTokens(5, 7));
+  const auto b = ChainFor(store.get(), b_ + MakeTokens(5, 7));
+  const std::shared_ptr<Chain> waiting[] = {a, b};
+  store->SetQueue(waiting);
+  Turn turn(store.get(), MakeTokens(3 * kBlock + 5, 8));  // takes from the four free slots
+  ASSERT_TRUE(turn.Begin());
+  ASSERT_TRUE(turn.Step(2 * kBlock).ok());
+  store->Poll();
+  EXPECT_EQ(From(store->Lookup(*b), Tier::kDram), 3 * kBlock);
+  ASSERT_TRUE(turn.Step(kBlock).ok());
+  store->Poll();
+  EXPECT_EQ(From(store->Lookup(*b), Tier::kDram), 2 * kBlock);
+  EXPECT_EQ(From(store->Lookup(*a), Tier::kDram), 3 * kBlock);
+  turn.Finish();
+}
+
+TEST_F(StorePolicyTest, AllOfALongQueueIsProtected) {
+  const auto store = Open(PolicyKind::kLookahead, {8, 0, 0});
+  PlayTurn(store.get(), a_);
+  std::vector<std::shared_ptr<Chain>> waiting;
+  for (uint32_t i = 0; i < 100; ++i) {  // of these nothing is stored
+    waiting.push_back(ChainFor(store.get(), MakeTokens(3 * kBlock, 100 + i)));
+  }
+  waiting.push_back(ChainFor(store.get(), a_ + MakeTokens(5, 7)));
+  store->SetQueue(waiting);
+  PlayTurn(store.get(), b_);
+  PlayTurn(store.get(), c_);
+  EXPECT_EQ(Cached(store.get(), a_), 3 * kBlock);
+  EXPECT_EQ(Cached(store.get(), b_), 2 * kBlock);
+}
+
 TEST_F(StorePolicyTest, AFullSsdDropsTheLowestRank) {
   const auto store = Open(PolicyKind::kLru, {6, 7, 0});
   PlayTurn(store.get(), a_);
@@ -186,12 +222,10 @@ TEST_F(StorePolicyTest, RankSurvivesReopening) {
   EXPECT_EQ(Cached(store.get(), b_), 3 * kBlock);
 }
 
-TEST(WindowsTest, FollowTheMeanSize) {
-  const Windows windows = ComputeWindows(1000, 9000, 100);
-  EXPECT_EQ(windows.prefetch, 10u);
-  EXPECT_EQ(windows.eviction, 100u);
-  EXPECT_EQ(ComputeWindows(10, 0, 100).prefetch, 1u);
-  EXPECT_EQ(ComputeWindows(10, 0, 0).eviction, 10u);
+TEST(PrefetchWindowTest, FollowsTheMeanSize) {
+  EXPECT_EQ(PrefetchWindow(1000, 100), 10u);
+  EXPECT_EQ(PrefetchWindow(10, 100), 1u);
+  EXPECT_EQ(PrefetchWindow(10, 0), 10u);
 }
 
 }  // namespace
