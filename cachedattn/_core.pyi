@@ -49,6 +49,7 @@ class Sequence:
 
     id: int
     cached: CachedTokens
+    stall_s: dict[str, float]  # seconds that computing waited for its history: 'ssd', 'copy'
     num_computed_tokens: int
     context_len: int
     room: int

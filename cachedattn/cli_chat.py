@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cachedattn.cli_common import find_model, load_engine, reply_fields, tiers_text
+from cachedattn.cli_common import find_model, load_engine, reply_fields, stalls_text, tiers_text
 from cachedattn.config import StoreConfig, Truncation
 from cachedattn.engine import Engine, Message
 from cachedattn.request import Reply
@@ -89,7 +89,8 @@ def print_cost(reply: Reply, as_json: bool) -> None:
         return
     Console().print(
         f"\n[dim]{fields['reused_tokens']:,} tokens reused ({tiers_text(reply.cached_from)}), "
-        f"{fields['new_tokens']:,} new, first token after {reply.ttft_s:.3f} s[/dim]"
+        f"{fields['new_tokens']:,} new, first token after {reply.ttft_s:.3f} s, of which "
+        f"{sum(reply.stall_s.values()):.3f} waiting{stalls_text(reply.stall_s)}[/dim]"
     )
 
 

@@ -110,6 +110,7 @@ def reply_fields(reply: Reply) -> dict[str, Any]:
         "reused_tokens": reply.num_cached_tokens,
         "new_tokens": reply.num_prompt_tokens - reply.num_cached_tokens,
         "cached_from": reply.cached_from,
+        "stall_s": reply.stall_s,
         "ttft_s": reply.ttft_s,
     }
 
@@ -117,3 +118,9 @@ def reply_fields(reply: Reply) -> dict[str, Any]:
 def tiers_text(cached_from: dict[str, int]) -> str:
     """'dram 1,344 + ssd 64', or '-'."""
     return " + ".join(f"{tier} {n:,}" for tier, n in cached_from.items() if n) or "-"
+
+
+def stalls_text(stall_s: dict[str, float]) -> str:
+    """' (ssd 0.012, queue 0.004)', or '' where nothing took a millisecond."""
+    parts = [f"{cause} {seconds:.3f}" for cause, seconds in stall_s.items() if seconds >= 1e-3]
+    return f" ({', '.join(parts)})" if parts else ""

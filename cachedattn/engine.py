@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from cachedattn.checkpoint import Progress, load_checkpoint
 from cachedattn.config import KvLayout, StoreConfig, Truncation, parse_size
 from cachedattn.graphs import DecodeGraphs
 from cachedattn.model import CausalLM
-from cachedattn.request import Delta, LogitsHook, Reply, Request
+from cachedattn.request import STALL_CAUSES, Delta, LogitsHook, Reply, Request
 from cachedattn.sampling import SamplingParams, choose
 from cachedattn.scheduler import Scheduler
 from cachedattn.store import AttentionStore, compute_device
@@ -69,6 +70,7 @@ class Engine:
             self.runner = DecodeGraphs(model, max_blocks)
         self._memory = ChatMemory(tokenizer) if tokenizer else None
         self._ids = itertools.count(1)
+        self._stall_s = dict.fromkeys(STALL_CAUSES, 0.0)  # of turns that are over
         self._ssd_state = store.stats()["ssd_state"]
         self._check_capacity()
         if truncation:
@@ -273,8 +275,15 @@ class Engine:
         """Ends a request now; its finish_reason is 'abort'."""
         self.scheduler.remove(request)
         if request.sequence is not None:
+            self._count_stalls(request)
             request.sequence.close()
         request.end("abort")
+
+    def stats(self) -> dict[str, Any]:
+        """`AttentionStore.stats`; `stall_s` with 'queue' and 'slots', too, of turns that are over:
+        `cachedattn.request.STALL_CAUSES`."""
+        stats = self.store.stats()
+        return {**stats, "stall_s": {**self._stall_s, **stats["stall_s"]}}
 
     def _run(self, request: Request) -> Reply:
         try:
@@ -300,11 +309,17 @@ class Engine:
 
     def _finish(self, request: Request) -> None:
         self.scheduler.remove(request)
+        self._count_stalls(request)
         request.sequence.commit(request.finish_reason)
         request.end()
         if request.conversation is not None and self._memory:
             self._memory.remember((request.tenant, request.conversation), request)
         self._log_outage()
+
+    def _count_stalls(self, request: Request) -> None:
+        request.note_stop()
+        for cause, seconds in request.stall_s.items():
+            self._stall_s[cause] += seconds
 
     def _log_outage(self) -> None:
         stats = self.store.stats()

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 LogitsHook = Callable[["Request", int, torch.Tensor], None]
 
 
+# What a turn waits for: 'ssd' and 'copy', its history from the disk and from DRAM to the device, as
+# far as computing does not hide that; 'queue', its place among those that run; 'slots', room in the
+# pool when it is next.
+STALL_CAUSES = ("ssd", "copy", "queue", "slots")
+
+
 class RequestState(enum.Enum):
     """Waiting for a place, holding a sequence, or over."""
 
@@ -40,6 +46,7 @@ class Reply:
     num_prompt_tokens: int
     num_cached_tokens: int  # history that was not recomputed, dropped tokens included
     cached_from: dict[str, int]  # context tokens by tier: 'device', 'dram', 'ssd'
+    stall_s: dict[str, float]  # seconds of waiting, by cause: STALL_CAUSES
     ttft_s: float  # from the request's arrival to its first token
     duration_s: float  # from the request's arrival to its end
 
@@ -77,10 +84,13 @@ class Request:
     finish_reason: str = ""
     num_cached_tokens: int = 0
     cached_from: dict[str, int] = field(default_factory=dict)
+    stall_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STALL_CAUSES, 0.0))
+    no_room_since_s: float = 0.0  # it is next, and the pool has no slots for it; 0: not so
     first_token_s: float = 0.0
     end_s: float = 0.0
 
     def __post_init__(self) -> None:
+        self.waiting_since_s = self.arrival_s
         self.tokens = list(self.prompt_ids)
         self.sampler = Sampler(self.sampling)
         self._deltas: list[Delta] = []
@@ -100,6 +110,21 @@ class Request:
     def is_full(self) -> bool:
         """Whether another token would go past the last position, where no cut makes room."""
         return self.window == 0 and len(self.tokens) >= self.max_model_len
+
+    def note_start(self) -> None:
+        """It has a sequence: what it waited for until now is known."""
+        now = time.perf_counter()
+        no_room_s = now - self.no_room_since_s if self.no_room_since_s else 0.0
+        self.stall_s["slots"] += no_room_s
+        self.stall_s["queue"] += now - self.waiting_since_s - no_room_s
+        self.no_room_since_s = 0.0
+
+    def note_stop(self) -> None:
+        """It lets go of its sequence, and waits again or is over."""
+        assert self.sequence is not None
+        for cause, seconds in self.sequence.stall_s.items():
+            self.stall_s[cause] += seconds
+        self.waiting_since_s = time.perf_counter()
 
     def accept(self, token: int) -> None:
         """Takes a newly chosen token; sets `finish_reason` when it is the last."""
@@ -146,6 +171,7 @@ class Request:
             num_prompt_tokens=len(self.prompt_ids),
             num_cached_tokens=self.num_cached_tokens,
             cached_from=dict(self.cached_from),
+            stall_s=dict(self.stall_s),
             ttft_s=started - self.arrival_s,
             duration_s=self.end_s - self.arrival_s,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 from cachedattn._core import StoreError
@@ -62,6 +63,7 @@ class Scheduler:
     def retry(self, request: Request) -> None:
         """Sends a running request back to the head of the queue; its step is dropped."""
         assert request.sequence is not None
+        request.note_stop()
         request.sequence.close()
         request.sequence = None
         request.state = RequestState.WAITING
@@ -116,7 +118,10 @@ class Scheduler:
             if not self.store.drain():
                 self._raise_full(request)
             num_tokens = self._begin(request, budget)
-        if num_tokens:
+        if not num_tokens:
+            request.no_room_since_s = request.no_room_since_s or time.perf_counter()
+        else:
+            request.note_start()
             self.waiting.popleft()
             self.running.append(request)
             request.state = RequestState.RUNNING

@@ -124,10 +124,11 @@ def graphs_on_cpu(monkeypatch):
     items that are padding."""
     monkeypatch.setattr(graphs, "capture", capture_on_cpu)
     attend = torch.ops.cachedattn.attn_paged
+    workers = torch.get_num_threads()
 
     def attn_paged(q, kv, table, kv_lens, cu_q, plan, *rest, **options):
         num_rows = int(cu_q[-1])
-        exact = ops.attn_plan(cu_q, kv_lens, q.shape[1], kv.shape[2], kv.shape[3], 2)
+        exact = ops.attn_plan(cu_q, kv_lens, q.shape[1], kv.shape[2], kv.shape[3], workers)
         if rest[0] == 1:  # max_q_len
             assert torch.equal(plan[2 : len(exact)], exact[2:]) and not plan[len(exact) :].any()
         out, lse = attend(q[:num_rows], kv, table, kv_lens, cu_q, exact, *rest, **options)

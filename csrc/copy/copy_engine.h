@@ -4,6 +4,7 @@
 // bytes with one worker thread a stream, so the three-tier path runs without a GPU (design D9).
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -51,6 +52,10 @@ class CopyEngine {
   // have changed hands. Saves always do.
   virtual void OrderLoadsAfterCompute() {}
   virtual bool computes_alone() const { return false; }
+  // The computing that is started between the two has only waited: `found` is told for how long,
+  // by a Poll when it has run. REQUIRES: computes_alone().
+  virtual void BeginStall() {}
+  virtual void EndStall(std::function<void(int64_t ns)> /*found*/) {}
 };
 
 std::unique_ptr<CopyEngine> NewHostCopyEngine();

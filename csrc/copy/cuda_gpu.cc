@@ -57,7 +57,7 @@ class CudaGpu final : public Gpu {
       Check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
       (void)cudaStreamDestroy(stream);
     }
-    for (cudaEvent_t event : events_) (void)cudaEventDestroy(event);
+    for (const Event& event : events_) (void)cudaEventDestroy(event.event);
   }
 
   Status Open() {
@@ -96,25 +96,22 @@ class CudaGpu final : public Gpu {
   }
 
   void Copy(Queue queue, std::span<const CopyRequest> copies) override;
-  Mark Record(Queue queue) override {
+  Mark Record(Queue queue) override { return RecordEvent(queue, false); }
+  Mark RecordTime() override { return RecordEvent(Queue::kCompute, true); }
+  int64_t NsBetween(Mark first, Mark last) override {
     const OnGpu on(index_);
-    if (free_events_.empty()) {
-      free_events_.push_back(static_cast<Mark>(events_.size()));
-      events_.emplace_back();
-      Check(cudaEventCreateWithFlags(&events_.back(), cudaEventDisableTiming), "cudaEventCreate");
-    }
-    const Mark mark = free_events_.back();
-    free_events_.pop_back();
-    Check(cudaEventRecord(events_[mark], StreamOf(queue)), "cudaEventRecord");
-    return mark;
+    float ms = 0;
+    Check(cudaEventElapsedTime(&ms, events_[first].event, events_[last].event),
+          "cudaEventElapsedTime");
+    return static_cast<int64_t>(1e6 * static_cast<double>(ms));
   }
   void Wait(Queue queue, Mark mark) override {
     const OnGpu on(index_);
-    Check(cudaStreamWaitEvent(StreamOf(queue), events_[mark], 0), "cudaStreamWaitEvent");
+    Check(cudaStreamWaitEvent(StreamOf(queue), events_[mark].event, 0), "cudaStreamWaitEvent");
   }
   bool Reached(Mark mark) override {
     const OnGpu on(index_);
-    const cudaError_t error = cudaEventQuery(events_[mark]);
+    const cudaError_t error = cudaEventQuery(events_[mark].event);
     if (error == cudaErrorNotReady) {
       (void)cudaGetLastError();  // no error, but kept as one
       return false;
@@ -122,7 +119,7 @@ class CudaGpu final : public Gpu {
     Check(error, "cudaEventQuery");
     return true;
   }
-  void Forget(Mark mark) override { free_events_.push_back(mark); }
+  void Forget(Mark mark) override { free_events_[events_[mark].timed].push_back(mark); }
 
   // In the order of the loads, and of the computing.
   void Fill(std::byte* at, int value, uint64_t size) {
@@ -137,6 +134,26 @@ class CudaGpu final : public Gpu {
   }
 
  private:
+  struct Event {
+    cudaEvent_t event = nullptr;
+    bool timed = false;
+  };
+
+  Mark RecordEvent(Queue queue, bool timed) {
+    const OnGpu on(index_);
+    std::vector<Mark>& unused = free_events_[timed];
+    if (unused.empty()) {
+      unused.push_back(static_cast<Mark>(events_.size()));
+      events_.push_back({nullptr, timed});
+      Check(cudaEventCreateWithFlags(&events_.back().event,
+                                     timed ? cudaEventDefault : cudaEventDisableTiming),
+            "cudaEventCreate");
+    }
+    const Mark mark = unused.back();
+    unused.pop_back();
+    Check(cudaEventRecord(events_[mark].event, StreamOf(queue)), "cudaEventRecord");
+    return mark;
+  }
   cudaStream_t StreamOf(Queue queue) const {
     return queue == Queue::kCompute ? compute_ : streams_[static_cast<int>(queue)];
   }
@@ -150,9 +167,9 @@ class CudaGpu final : public Gpu {
   const int index_;
   cudaStream_t compute_ = nullptr;  // torch's default
   cudaStream_t streams_[2] = {};
-  std::vector<cudaEvent_t> events_;
-  std::vector<Mark> free_events_;
-  bool batches_ = true;  // false: the driver has no cudaMemcpyBatchAsync
+  std::vector<Event> events_;
+  std::vector<Mark> free_events_[2];  // without and with times
+  bool batches_ = true;               // false: the driver has no cudaMemcpyBatchAsync
   // What Pin has done so far, on another thread.
   std::atomic<std::byte*> pinned_begin_ = nullptr, pinned_end_ = nullptr;
   std::vector<void*> targets_, sources_;  // of one batch

@@ -35,6 +35,9 @@ class Gpu {
   // What `queue` gets from now on runs after `mark`.
   virtual void Wait(Queue queue, Mark mark) = 0;
   virtual bool Reached(Mark mark) = 0;
+  // A mark in kCompute that knows when it was reached; from one to the other, of two that were.
+  virtual Mark RecordTime() = 0;
+  virtual int64_t NsBetween(Mark first, Mark last) = 0;
   // Waits that were asked for stand.
   virtual void Forget(Mark mark) = 0;
 };

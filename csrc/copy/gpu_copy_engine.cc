@@ -47,6 +47,7 @@ class GpuCopyEngine final : public CopyEngine {
 
   void Poll(std::vector<uint64_t>* tags, int64_t timeout_us) override {
     Submit();
+    FindStalls();
     const auto give_up = std::chrono::steady_clock::now() + std::chrono::microseconds(timeout_us);
     while (in_flight_ > 0 && !Collect(tags) && std::chrono::steady_clock::now() < give_up) {
       std::this_thread::sleep_for(std::chrono::microseconds(kLookAgainUs));
@@ -69,6 +70,11 @@ class GpuCopyEngine final : public CopyEngine {
 
   void OrderLoadsAfterCompute() override { places_changed_ = true; }
 
+  void BeginStall() override { stall_begin_ = gpu_->RecordTime(); }
+  void EndStall(std::function<void(int64_t ns)> found) override {
+    stalls_.push_back({stall_begin_, gpu_->RecordTime(), std::move(found)});
+  }
+
  private:
   static constexpr int64_t kWaitUs = 10'000;
   static constexpr int64_t kLookAgainUs = 20;
@@ -82,6 +88,20 @@ class GpuCopyEngine final : public CopyEngine {
     std::vector<CopyRequest> pending;  // to be submitted
     std::deque<Batch> batches;         // in the order of their ends
   };
+
+  struct Stall {
+    Gpu::Mark begin, end;
+    std::function<void(int64_t ns)> found;
+  };
+
+  void FindStalls() {
+    for (; !stalls_.empty() && gpu_->Reached(stalls_.front().end); stalls_.pop_front()) {
+      const Stall& stall = stalls_.front();
+      stall.found(gpu_->NsBetween(stall.begin, stall.end));
+      gpu_->Forget(stall.begin);
+      gpu_->Forget(stall.end);
+    }
+  }
 
   Lane& LaneOf(CopyStream stream) { return lanes_[static_cast<int>(stream)]; }
 
@@ -104,6 +124,8 @@ class GpuCopyEngine final : public CopyEngine {
   bool places_changed_ = false;
   std::optional<uint64_t> computed_after_;  // the last load that the computing waits for
   uint32_t in_flight_ = 0;
+  Gpu::Mark stall_begin_ = 0;
+  std::deque<Stall> stalls_;  // in the order of their ends
 };
 
 }  // namespace

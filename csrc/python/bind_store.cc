@@ -174,6 +174,13 @@ py::dict TierCounts(const uint64_t* values) {
   return out;
 }
 
+py::dict ToDict(const Stalls& stalls) {
+  py::dict out;
+  out["ssd"] = 1e-9 * static_cast<double>(stalls.ssd_ns);
+  out["copy"] = 1e-9 * static_cast<double>(stalls.copy_ns);
+  return out;
+}
+
 py::dict Stats(PyStore& self) {
   const StoreStats stats = self.get().stats();
   py::dict out;
@@ -196,6 +203,10 @@ py::dict Stats(PyStore& self) {
   out["ssd_bytes_read"] = stats.ssd_bytes_read;
   out["ssd_bytes_written"] = stats.ssd_bytes_written;
   out["ssd_read_rate"] = stats.ssd_read_rate;
+  out["bytes_loaded"] = stats.bytes_loaded;
+  out["bytes_saved"] = stats.bytes_saved;
+  out["stall_s"] = ToDict(stats.stalls);
+  out["loading_s"] = 1e-9 * static_cast<double>(stats.loading_ns);
   out["failed_loads"] = stats.failed_loads;
   out["failed_saves"] = stats.failed_saves;
   out["checksum_failures"] = stats.checksum_failures;
@@ -255,6 +266,7 @@ void BindSequence(py::module_& module) {
   py::class_<Self, std::shared_ptr<Self>>(module, "Sequence")
       .def_property_readonly("id", [](Self& self) { return self.get().id(); })
       .def_property_readonly("cached", [](Self& self) { return self.get().cached(); })
+      .def_property_readonly("stall_s", [](Self& self) { return ToDict(self.get().stalls()); })
       .def_property_readonly("num_computed_tokens",
                              [](Self& self) { return self.get().num_computed_tokens(); })
       .def_property_readonly("context_len", [](Self& self) { return self.get().context_len(); })

@@ -110,6 +110,11 @@ struct TierStats {
   uint32_t capacity_slots = 0, used_slots = 0, pinned_slots = 0;
   uint64_t capacity_bytes = 0;
 };
+// What computing has waited for: history that came from the disk, or from DRAM to the device.
+struct Stalls {
+  int64_t ssd_ns = 0, copy_ns = 0;
+};
+
 struct StoreStats {
   TierStats tiers[kNumTiers];
   uint64_t turns = 0, tokens_requested = 0;
@@ -117,6 +122,9 @@ struct StoreStats {
   uint64_t tokens_from[kNumTiers] = {};    // reused history tokens, by serving tier
   uint64_t tokens_recomputed = 0;          // CachedTokens::recomputed
   uint64_t ssd_bytes_read = 0, ssd_bytes_written = 0;
+  uint64_t bytes_loaded = 0, bytes_saved = 0;  // DRAM -> device, device -> DRAM
+  Stalls stalls;
+  int64_t loading_ns = 0;    // during which history of running turns was on its way
   double ssd_read_rate = 0;  // bytes a second, as measured lately; 0: not known
   uint64_t evictions[kNumTiers] = {};
   uint64_t failed_loads = 0, checksum_failures = 0, failed_saves = 0;
@@ -224,6 +232,8 @@ class CA_API Sequence {
   virtual ~Sequence() = default;
 
   virtual uint64_t id() const = 0;
+  // Of all WaitLayer so far. With a GPU, where computing waits by itself, as far as is known now.
+  virtual Stalls stalls() const = 0;
   // History tokens found by Begin (absolute, dropped ones included), and where they came from.
   virtual const CachedTokens& cached() const = 0;
   // Tokens of the chain whose KV has been computed or loaded, dropped ones included.

@@ -53,7 +53,13 @@ FillRef Preloader::NewFill(const BlockRef& block, Tier target, SlotId slot, uint
   fill->tier = target;
   fill->target = (target == Tier::kDram ? *tiers_->dram : *tiers_->device).slot(slot);
   fill->sequence = sequence;
+  if (sequence != 0) MakeUrgent(fill.get());
   return fill;
+}
+
+void Preloader::MakeUrgent(Fill* fill) {
+  if (std::exchange(fill->urgent, true)) return;
+  if (num_urgent_++ == 0) loading_since_ns_ = clock_->NowNs();
 }
 
 void Preloader::Share(const FillRef& fill, Slot slot, Tier tier) {
@@ -161,7 +167,7 @@ void Preloader::Pump() {
 void Preloader::StartLoads() {
   const int64_t now_ns = clock_->NowNs();
   const bool idle = num_loads_in_flight_ == 0;
-  load_rate_.Look(now_ns, now_ns, std::exchange(loaded_bytes_, 0), idle);
+  load_rate_.Look(now_ns, now_ns, bytes_loaded_ - std::exchange(bytes_rated_, bytes_loaded_), idle);
   if (idle && !loads_.empty()) load_rate_.Begin(now_ns);
   while (!loads_.empty() && num_loads_in_flight_ < tiers_->copy->load_depth()) {
     Piece piece = loads_.Pop();
@@ -196,6 +202,12 @@ bool Preloader::Visible(Fill* fill, uint32_t layer) {
   }
   fill->visible.set(layer);
   return true;
+}
+
+bool Preloader::WaitsForSsd(const Fill& fill, uint32_t layer) const {
+  if (fill.tier == Tier::kDram) return true;
+  const FillRef feeder = FillOf(*fill.block, Tier::kDram);
+  return feeder != nullptr && !feeder->landed[layer];
 }
 
 void Preloader::StartReadPiece(Piece piece) {
@@ -256,7 +268,7 @@ void Preloader::OnLoad(uint64_t tag) {
   CA_CHECK(!node.empty());
   const Piece& piece = node.mapped();
   --num_loads_in_flight_;
-  loaded_bytes_ += tiers_->layout.slice_stride();
+  bytes_loaded_ += tiers_->layout.slice_stride();
   trace_->Add(TraceKind::kLoadEnd, piece.fill->sequence, piece.first_layer, 1,
               piece.fill->source.slot(), piece.fill->block.get());
   Landed(piece);
@@ -280,6 +292,7 @@ void Preloader::EndPiece(const Piece& piece) {
 
 void Preloader::Finish(Fill* fill) {
   fill->done = true;
+  if (fill->urgent && --num_urgent_ == 0) loading_ns_ += clock_->NowNs() - loading_since_ns_;
   fill->followers.clear();
   fill->source.Release();
   const BlockRef block = std::move(fill->transfer.block);

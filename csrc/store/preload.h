@@ -29,6 +29,7 @@ struct Fill {
   Slot private_slot;            // the sequence takes it when the fill is done
   std::byte* target = nullptr;  // start of the target slot
   uint64_t sequence = 0;        // who asked, for traces
+  bool urgent = false;          // a running turn waits for it
   std::bitset<KvLayout::kMaxLayers> landed;
   std::vector<uint64_t> load_tags;  // by layer, of copies that were started; empty: none was
   std::bitset<KvLayout::kMaxLayers> visible;  // to computing that is started from now on
@@ -91,9 +92,12 @@ class Preloader {
 
   // Whether computing that starts from now on sees `layer` of the fill.
   bool Visible(Fill* fill, uint32_t layer);
+  // What `layer` of a fill that has not landed waits for is the disk, not a copy.
+  bool WaitsForSsd(const Fill& fill, uint32_t layer) const;
 
   // The fill under way of a shared copy; nullptr: none, or it is a save or a write.
   FillRef FillOf(const Block& block, Tier tier) const;
+  void MakeUrgent(Fill* fill);
 
   // A late piece fails the fill at once; its slots are held until the disk has let go of them.
   void OnRead(const SsdCompletion& done);
@@ -105,6 +109,11 @@ class Preloader {
   uint32_t num_quarantined() const { return num_quarantined_; }  // slots held by late reads
   uint32_t num_reads_in_flight() const { return num_reads_in_flight_; }
   uint64_t num_failed() const { return num_failed_; }
+  uint64_t bytes_loaded() const { return bytes_loaded_; }
+  // During which a running turn's history was on its way.
+  int64_t loading_ns() const {
+    return loading_ns_ + (num_urgent_ > 0 ? clock_->NowNs() - loading_since_ns_ : 0);
+  }
 
   // For the invariants: the private slots that no sequence has taken over yet.
   void AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const;
@@ -144,8 +153,11 @@ class Preloader {
   uint64_t read_bytes_in_flight_ = 0;
   uint32_t num_loads_in_flight_ = 0;
   RateMeter load_rate_;
-  uint64_t loaded_bytes_ = 0;  // since load_rate_ looked
-  uint32_t num_late_ = 0;      // of started_
+  uint64_t bytes_loaded_ = 0;
+  uint64_t bytes_rated_ = 0;  // of these, by load_rate_
+  uint32_t num_urgent_ = 0;   // fills for running turns that are not finished
+  int64_t loading_ns_ = 0, loading_since_ns_ = 0;
+  uint32_t num_late_ = 0;  // of started_
   uint32_t num_quarantined_ = 0;
   uint64_t next_tag_ = 0;
   uint64_t num_failed_ = 0;

@@ -99,6 +99,7 @@ void Saver::OnCopy(uint64_t tag) {
   trace_->Add(TraceKind::kSaveEnd, slice.save->sequence, slice.layer, 1, slice.save->device_slot,
               slice.save->block.get());
   ++slice.save->num_landed;
+  bytes_saved_ += tiers_->layout.slice_stride();
   FinishIfLanded(slice.save.get());
 }
 

@@ -49,6 +49,7 @@ class Saver {
   bool Pump();  // true: some have begun
   void OnCopy(uint64_t tag);
 
+  uint64_t bytes_saved() const { return bytes_saved_; }
   uint32_t num_in_flight() const { return static_cast<uint32_t>(in_flight_.size()); }
   uint32_t num_waiting() const { return static_cast<uint32_t>(queue_.size()); }
 
@@ -72,6 +73,7 @@ class Saver {
   std::deque<BlockKey> queue_;              // a block is in it at most once (Copy::leaving)
   std::vector<std::weak_ptr<Save>> saves_;  // for the invariants alone
   uint64_t next_tag_ = kSaveTag;
+  uint64_t bytes_saved_ = 0;
 };
 
 // Zeroes the places after `num_tokens` in every layer slice, so that no bytes of a slot's earlier

@@ -87,23 +87,48 @@ void SequenceImpl::Settle() {
   }
 }
 
+// The first fill whose `layer` is not there; nullptr: all are. An error: one has failed.
+Result<Fill*> SequenceImpl::FirstMissing(uint32_t layer) const {
+  Fill* missing = nullptr;
+  for (const Entry& entry : entries_) {
+    if (entry.fill == nullptr) continue;
+    if (!entry.fill->status.ok()) return entry.fill->status;
+    if (recompute_end_ != 0) continue;  // what is computed now needs nothing that is loaded
+    if (!core_->preloader.Visible(entry.fill.get(), layer) && !missing) missing = entry.fill.get();
+  }
+  return missing;
+}
+
+// What that gets is the time that computing has only waited, once it is known.
+std::function<void(int64_t)> SequenceImpl::StallCounter(bool ssd) {
+  return [ssd, mine = stalls_, all = &core_->stalls](int64_t ns) {
+    for (Stalls* stalls : {mine.get(), all}) (ssd ? stalls->ssd_ns : stalls->copy_ns) += ns;
+  };
+}
+
 Status SequenceImpl::WaitLayer(uint32_t layer) {
   const MemoryReserve::Use use(&core_->memory);
   if (Status status = core_->CheckUsable(); !status.ok()) return status;
   CA_CHECK(layer < core_->options.layout.num_layers);
   core_->trace.Add(TraceKind::kWaitStart, id_, layer, 1, kNoSlot, nullptr);
+  CopyEngine* gpu = core_->tiers.copy.get();
+  if (gpu != nullptr && !(gpu->computes_alone() && loading())) gpu = nullptr;
+  if (gpu != nullptr) gpu->BeginStall();
+  int64_t since_ns = core_->options.clock->NowNs();
+  bool ssd = false;
+  Result<Fill*> missing = nullptr;
   // Once without waiting: the next layers' reads start here, under this layer's compute.
   for (int64_t timeout_us = 0;; timeout_us = StoreCore::kWaitUs) {
     core_->Drive(timeout_us);
-    bool landed = true;
-    for (const Entry& entry : entries_) {
-      if (entry.fill == nullptr) continue;
-      if (!entry.fill->status.ok()) return entry.fill->status;
-      if (recompute_end_ != 0) continue;  // what is computed now needs nothing that is loaded
-      landed = core_->preloader.Visible(entry.fill.get(), layer) && landed;
-    }
-    if (landed) break;
+    missing = FirstMissing(layer);
+    const int64_t now_ns = core_->options.clock->NowNs();
+    if (gpu == nullptr && timeout_us > 0) StallCounter(ssd)(now_ns - since_ns);
+    if (!missing.ok() || missing.value() == nullptr) break;
+    ssd = core_->preloader.WaitsForSsd(*missing.value(), layer) || (gpu != nullptr && ssd);
+    since_ns = now_ns;
   }
+  if (gpu != nullptr) gpu->EndStall(StallCounter(ssd));
+  if (!missing.ok()) return missing.status();
   Settle();
   core_->trace.Add(TraceKind::kWaitEnd, id_, layer, 1, kNoSlot, nullptr);
   return Status();

@@ -1,6 +1,7 @@
 // SequenceImpl: a running turn over one chain (attention_store.h, "Sequence").
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -18,6 +19,7 @@ class SequenceImpl final : public Sequence {
   ~SequenceImpl() override;
 
   uint64_t id() const override { return id_; }
+  Stalls stalls() const override { return *stalls_; }
   const CachedTokens& cached() const override { return cached_; }
   uint32_t num_computed_tokens() const override { return num_computed_; }
   uint32_t context_len() const override { return context_len_; }
@@ -57,6 +59,8 @@ class SequenceImpl final : public Sequence {
   void AddPrivate();
   void AddEntry(uint32_t index, Entry entry, SlotId slot);
   void Settle();
+  Result<Fill*> FirstMissing(uint32_t layer) const;
+  std::function<void(int64_t ns)> StallCounter(bool ssd);
   void PublishFull(uint32_t position);
   void PublishTail(uint32_t position, uint32_t num_tokens);
   BlockRef InsertBlock(const BlockKey& key, uint32_t position, uint32_t num_tokens);
@@ -74,6 +78,7 @@ class SequenceImpl final : public Sequence {
   uint32_t prompt_tokens_ = 0;
   std::optional<TurnEnd> turn_;  // once it is committed
   CachedTokens cached_;
+  const std::shared_ptr<Stalls> stalls_ = std::make_shared<Stalls>();  // a GPU tells of them late
   uint32_t num_computed_ = 0;
   uint32_t context_len_ = 0;
   // Until the context has so many tokens again, it is computed while what follows it is loaded; 0:

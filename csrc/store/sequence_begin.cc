@@ -130,6 +130,7 @@ SequenceImpl::Entry SequenceImpl::TakeShared(const BlockRef& block) {
     }
   } else {
     entry.fill = core_->preloader.FillOf(*block, pool);  // of someone else, if it is not there yet
+    if (entry.fill != nullptr) core_->preloader.MakeUrgent(entry.fill.get());
   }
   entry.pin = core_->directory.Pin(block, pool);
   return entry;

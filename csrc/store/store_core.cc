@@ -198,7 +198,9 @@ void StoreCore::Drive(int64_t timeout_us) {
     // waits for them by itself.
     const bool copying = tiers.copy->in_flight() > 0 &&
                          !(tiers.copy->computes_alone() && preloader.num_reads_in_flight() > 0);
-    if (tiers.copy->in_flight() > 0) tiers.copy->Poll(&copied_, copying ? timeout_us : 0);
+    if (tiers.copy->in_flight() > 0 || tiers.copy->computes_alone()) {
+      tiers.copy->Poll(&copied_, copying ? timeout_us : 0);
+    }
     if (copying) timeout_us = 0;
     for (uint64_t tag : copied_) {
       (tag & kSaveTag) ? saver.OnCopy(tag) : preloader.OnLoad(tag);

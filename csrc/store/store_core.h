@@ -58,6 +58,7 @@ struct StoreCore : std::enable_shared_from_this<StoreCore> {
   void CheckInvariants() const;
 
   const StoreOptions options;
+  Stalls stalls;
   Tiers tiers;
   MemoryReserve memory;  // of every call that moves blocks
   Trace trace;

@@ -47,6 +47,10 @@ StoreStats StoreCore::Stats() const {
     stats.ssd_state = tiers.ssd_on ? "on" : "off";
     stats.ssd_report = health.report();
   }
+  stats.bytes_loaded = preloader.bytes_loaded();
+  stats.bytes_saved = saver.bytes_saved();
+  stats.stalls = stalls;
+  stats.loading_ns = preloader.loading_ns();
   stats.failed_loads = preloader.num_failed();
   stats.failed_saves = writes.num_failed();
   stats.io_errors = health.num_errors();

@@ -68,6 +68,7 @@ class GpuTurn {
   bool finished() const { return sequence_->num_computed_tokens() == tokens_.size(); }
   void Commit() { sequence_->Commit(); }
   const CachedTokens& cached() const { return sequence_->cached(); }
+  Stalls stalls() const { return sequence_->stalls(); }
 
  private:
   AttentionStore* const store_;
@@ -112,6 +113,40 @@ class GpuStoreTest : public ::testing::TestWithParam<uint64_t> {
   FakeGpu* gpu_ = nullptr;
   std::unique_ptr<AttentionStore> store_;
 };
+
+TEST_F(GpuStoreTest, TellsHowLongComputingWaited) {
+  Open({.dram = 32, .ssd = 64, .device = 16}, false, 1);
+  const Tokens tokens = MakeTokens(5 * kBlock + 7, 3);
+  (void)Play(tokens);
+  store_->Flush();
+  const uint64_t block = store_->layout().payload_bytes();
+  EXPECT_EQ(store_->stats().bytes_saved, 6 * block);
+  for (const Tier dropped : {Tier::kDevice, Tier::kDram}) {
+    store_->DropTier(Tier::kDevice);
+    if (dropped == Tier::kDram) store_->DropTier(Tier::kDram);
+    const StoreStats before = store_->stats();
+    gpu_->Delay(Gpu::Queue::kLoad, std::chrono::milliseconds(200));
+    const auto turn = NewTurn(tokens + MakeTokens(3, 4));
+    ASSERT_TRUE(turn->Begin());
+    ASSERT_TRUE(turn->Step(24));
+    gpu_->Synchronize(Gpu::Queue::kLoad);
+    gpu_->Synchronize();
+    store_->Poll();
+    const StoreStats after = store_->stats();
+    const int64_t waited_ns = turn->stalls().copy_ns + turn->stalls().ssd_ns;
+    EXPECT_GT(waited_ns, 50'000'000);
+    EXPECT_EQ(after.stalls.copy_ns - before.stalls.copy_ns, turn->stalls().copy_ns);
+    EXPECT_EQ(after.stalls.ssd_ns - before.stalls.ssd_ns, turn->stalls().ssd_ns);
+    if (dropped == Tier::kDevice) {
+      EXPECT_EQ(turn->stalls().ssd_ns, 0);
+    } else {
+      EXPECT_GT(turn->stalls().ssd_ns, 0);
+    }
+    EXPECT_EQ(after.bytes_loaded - before.bytes_loaded, 6 * block);
+    EXPECT_GT(after.loading_ns, before.loading_ns);
+    turn->Commit();
+  }
+}
 
 TEST_F(GpuStoreTest, HistoryComesBackFromEveryTier) {
   Open({.dram = 32, .ssd = 64, .device = 16}, true, 1);

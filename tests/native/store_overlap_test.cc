@@ -46,6 +46,16 @@ class ModelledDisk final : public IoEngine {
   std::deque<std::pair<double, IoCompletion>> finished_;
 };
 
+// A byte takes a nanosecond.
+class DiskClock final : public Clock {
+ public:
+  explicit DiskClock(const double* now) : now_(*now) {}
+  int64_t NowNs() const override { return static_cast<int64_t>(now_); }
+
+ private:
+  const double& now_;
+};
+
 class OverlapTest : public ::testing::Test {
  protected:
   // Leaves a history of `num_blocks` blocks on the SSD alone.
@@ -56,6 +66,7 @@ class OverlapTest : public ::testing::Test {
     options.ssd_bytes = SsdFileBytes(layout, num_blocks + 1);
     options.path = dir_ / "kv";
     options.dram_reserve = 0;
+    options.clock = &clock_;
     SsdOptions ssd = SsdOptionsOf(options);
     ssd.io.wrap = [this](std::unique_ptr<IoEngine> engine) {
       return std::make_unique<ModelledDisk>(std::move(engine), &now_);
@@ -84,16 +95,25 @@ class OverlapTest : public ::testing::Test {
   double Stall(double compute, double* first) {
     store_->DropTier(Tier::kDram);
     const uint32_t num_layers = store_->layout().num_layers;
+    const StoreStats before_turn = store_->stats();
+    const double begin = now_;
     const auto sequence = Begin();
-    double waited = 0;
+    double waited = 0, loaded = 0;
     for (uint32_t layer = 0; layer < num_layers; ++layer) {
       const double before = now_;
       EXPECT_TRUE(sequence->WaitLayer(layer).ok());
       waited += now_ - before;
       if (layer == 0) *first = waited / bytes_;
+      if (loaded == 0 && !sequence->loading()) loaded = now_ - begin;
       now_ += compute * bytes_ / num_layers;
     }
     EXPECT_FALSE(sequence->loading());
+    // What the store tells of it, to a nanosecond for each look.
+    const StoreStats stats = store_->stats();
+    EXPECT_NEAR(sequence->stalls().ssd_ns, waited, 100);
+    EXPECT_EQ(sequence->stalls().copy_ns, 0);
+    EXPECT_EQ(stats.stalls.ssd_ns - before_turn.stalls.ssd_ns, sequence->stalls().ssd_ns);
+    EXPECT_NEAR(stats.loading_ns - before_turn.loading_ns, loaded, 100);
     return waited / bytes_;
   }
 
@@ -101,6 +121,7 @@ class OverlapTest : public ::testing::Test {
   std::unique_ptr<AttentionStore> store_;
   Tokens tokens_;
   double now_ = 0, bytes_ = 0;
+  const DiskClock clock_{&now_};
 };
 
 TEST_F(OverlapTest, AColdTurnWaitsForWhatComputingCannotHide) {

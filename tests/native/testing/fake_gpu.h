@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "csrc/base/check.h"
+#include "csrc/base/clock.h"
 #include "csrc/copy/gpu.h"
 #include "tests/native/testing/sim_disk.h"
 
@@ -33,6 +34,10 @@ class FakeGpu final : public Gpu {
 
   // Work of the framework's.
   void Compute(std::function<void()> work) { Push(&LaneOf(Queue::kCompute), std::move(work)); }
+  // What `queue` gets from now on begins this much later.
+  void Delay(Queue queue, std::chrono::milliseconds time) {
+    Push(&LaneOf(queue), [time] { std::this_thread::sleep_for(time); });
+  }
   // Waits until all of it is done.
   void Synchronize(Queue queue = Queue::kCompute) {
     const Mark mark = Record(queue);
@@ -70,18 +75,20 @@ class FakeGpu final : public Gpu {
     }
     const Mark mark = free_marks_.back();
     free_marks_.pop_back();
-    marks_[mark] = std::make_shared<std::atomic<bool>>(false);
-    Push(&LaneOf(queue), [reached = marks_[mark]] { *reached = true; });
+    marks_[mark] = std::make_shared<std::atomic<int64_t>>(0);
+    Push(&LaneOf(queue), [reached = marks_[mark]] { *reached = SystemClock().NowNs(); });
     return mark;
   }
+  Mark RecordTime() override { return Record(Queue::kCompute); }
+  int64_t NsBetween(Mark first, Mark last) override { return *marks_[last] - *marks_[first]; }
   void Wait(Queue queue, Mark mark) override {
     Lane* lane = &LaneOf(queue);
     Push(lane, [lane, reached = marks_[mark]] {
-      lane->num_waits += !*reached;
-      while (!*reached) std::this_thread::yield();
+      lane->num_waits += *reached == 0;
+      while (*reached == 0) std::this_thread::yield();
     });
   }
-  bool Reached(Mark mark) override { return *marks_[mark]; }
+  bool Reached(Mark mark) override { return *marks_[mark] != 0; }
   void Forget(Mark mark) override { free_marks_.push_back(mark); }
 
   uint32_t fail_pin_after_ = UINT32_MAX;  // parts
@@ -148,7 +155,7 @@ class FakeGpu final : public Gpu {
   }
 
   Lane lanes_[kNumQueues];
-  std::vector<std::shared_ptr<std::atomic<bool>>> marks_;
+  std::vector<std::shared_ptr<std::atomic<int64_t>>> marks_;  // when each was reached; 0: not yet
   std::vector<Mark> free_marks_;
 };
 
