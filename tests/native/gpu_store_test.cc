@@ -225,7 +225,7 @@ TEST_P(GpuStoreTest, NothingOvertakes) {
   EXPECT_GT(gpu_->save_waits(), 0u);
   EXPECT_TRUE(store_->Close().ok());
 }
-INSTANTIATE_TEST_SUITE_P(Seeds, GpuStoreTest, ::testing::Range<uint64_t>(1, 13));
+INSTANTIATE_TEST_SUITE_P(Seeds, GpuStoreTest, ::testing::Range<uint64_t>(1, 37));
 
 }  // namespace
 }  // namespace cachedattn

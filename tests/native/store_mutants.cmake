@@ -119,8 +119,8 @@ sim_mutant(save_not_awaited store/save.cc honest
   [=[save->num_landed < layout.num_layers) return;]=]
   [=[save->num_landed + 1 < layout.num_layers) return;]=])
 sim_mutant(layer_not_awaited store/sequence.cc honest
-  [=[Visible(entry.fill.get(), layer) && landed;]=]
-  [=[Visible(entry.fill.get(), 0) && landed;]=])
+  [=[Visible(entry.fill.get(), layer) && !missing]=]
+  [=[Visible(entry.fill.get(), 0) && !missing]=])
 sim_mutant(jumps_too_early store/sequence.cc honest
   [=[if (recompute_end_ == 0 || context_len_ < recompute_end_) return;]=]
   [=[if (recompute_end_ == 0) return;]=])
