@@ -59,6 +59,7 @@ def play(workload: Row, seed: int, scale: float, folder: Path) -> list[Row]:
         slots=int(scale * workload["slots"]),
         turns_per_second=scale * workload["turns_per_second"],
         window=workload["window"],
+        prefill_rate=workload["prefill_rate"],
     )
     hardware = Hardware(
         token_bytes=KV_BYTES[workload["model"]],
