@@ -54,6 +54,7 @@ class Sequence:
     context_len: int
     room: int
     loading: bool
+    load_left_s: float  # by the rates measured so far; inf: not known
     def block_table(self) -> np.ndarray: ...  # int32 copy, slots in order
     def reserve(self, num_tokens: int) -> bool: ...  # False: the pool is full
     def wait_layer(self, layer: int) -> bool: ...  # False: drop this step and the sequence

@@ -38,6 +38,13 @@ class PrefillTimes:
         self._targets = KEEP * self._targets + row
         self._num_steps += 1
 
+    def seconds(self, num_tokens: int, context_len: int) -> float:
+        """Of computing that many tokens behind a context; 0 where nothing is known yet."""
+        cost = self.cost()
+        steps = -(-num_tokens // self._step_tokens)
+        pairs = num_tokens * (context_len + num_tokens / 2)
+        return cost.step_s * steps + cost.token_s * num_tokens + cost.pair_s * pairs
+
     def cost(self) -> ComputeCost:
         """The fit, no part of it negative; not known after too few steps."""
         if self._num_steps < LEAST_STEPS:

@@ -23,8 +23,8 @@ LogitsHook = Callable[["Request", int, torch.Tensor], None]
 
 
 # What a turn waits for: 'ssd' and 'copy', its history from the disk and from DRAM to the device, as
-# far as computing does not hide that; 'queue', its place among those that run; 'slots', room in the
-# pool when it is next.
+# far as computing does not hide that; 'queue', its turn to be computed, while others are; 'slots',
+# room in the pool when it is next.
 STALL_CAUSES = ("ssd", "copy", "queue", "slots")
 
 
@@ -85,6 +85,7 @@ class Request:
     num_cached_tokens: int = 0
     cached_from: dict[str, int] = field(default_factory=dict)
     stall_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STALL_CAUSES, 0.0))
+    started: bool = False  # a step has computed for it since it has its sequence
     no_room_since_s: float = 0.0  # it is next, and the pool has no slots for it; 0: not so
     first_token_s: float = 0.0
     end_s: float = 0.0
@@ -111,17 +112,23 @@ class Request:
         """Whether another token would go past the last position, where no cut makes room."""
         return self.window == 0 and len(self.tokens) >= self.max_model_len
 
+    def note_room(self) -> None:
+        """It has a sequence."""
+        if self.no_room_since_s:
+            no_room_s = time.perf_counter() - self.no_room_since_s
+            self.stall_s["slots"] += no_room_s
+            self.waiting_since_s += no_room_s
+            self.no_room_since_s = 0.0
+
     def note_start(self) -> None:
-        """It has a sequence: what it waited for until now is known."""
-        now = time.perf_counter()
-        no_room_s = now - self.no_room_since_s if self.no_room_since_s else 0.0
-        self.stall_s["slots"] += no_room_s
-        self.stall_s["queue"] += now - self.waiting_since_s - no_room_s
-        self.no_room_since_s = 0.0
+        """A step computes for it, the first since it has a sequence."""
+        self.started = True
+        self.stall_s["queue"] += time.perf_counter() - self.waiting_since_s
 
     def note_stop(self) -> None:
         """It lets go of its sequence, and waits again or is over."""
         assert self.sequence is not None
+        self.started = False
         for cause, seconds in self.sequence.stall_s.items():
             self.stall_s[cause] += seconds
         self.waiting_since_s = time.perf_counter()

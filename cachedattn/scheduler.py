@@ -17,7 +17,8 @@ class Scheduler:
 
     Running requests come first, so an answer never waits for a prompt; prompts share what is
     left of `max_step_tokens`. When the pool is full the latest request gives its place back and
-    waits again; its finished blocks are history by then.
+    waits again; its finished blocks are history by then. A request whose history is not there yet
+    joins when its own computing can hide the rest of the loading, or when nothing else runs.
     """
 
     def __init__(
@@ -43,20 +44,26 @@ class Scheduler:
         self._publish_queue()
         budget = self.max_step_tokens
         work: list[Work] = []
+        loading: list[Request] = []
         started = list(self.running)
         for request in started:
             if request.state is RequestState.RUNNING and budget > 0:
+                if self._loads_first(request):
+                    loading.append(request)
+                    continue
                 num_tokens = self._reserve_or_preempt(request, budget)
                 budget -= num_tokens
                 work += [(request, num_tokens)] if num_tokens else []
-        if len(self.running) < len(started):
-            return work  # the pool is full: a newcomer would only be preempted again
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            num_tokens = self._start(self.waiting[0], budget, wait=not work)
-            if not num_tokens:
-                break
-            budget -= num_tokens
-            work.append((self.running[-1], num_tokens))
+        loading = [request for request in loading if request.state is RequestState.RUNNING]
+        # If the pool is full a newcomer would only be preempted again.
+        if len(self.running) == len(started):
+            self._start_waiting(work, loading, budget)
+        if not work:  # nothing to compute meanwhile
+            for request in loading[:1]:
+                work.append((request, self._reserve_or_preempt(request, budget)))
+        for request, _ in work:
+            if not request.started:
+                request.note_start()
         self._publish_queue()  # what has begun does not wait any more
         return work
 
@@ -78,6 +85,27 @@ class Scheduler:
         elif request.state is RequestState.WAITING:
             self.waiting.remove(request)
             self._queue_changed = True
+
+    def _start_waiting(self, work: list[Work], loading: list[Request], budget: int) -> None:
+        """Begins requests while there is room; adds them to `work`, or to `loading`."""
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
+            num_tokens = self._start(self.waiting[0], budget, wait=not self.running)
+            if not num_tokens:
+                return
+            request = self.running[-1]
+            if self._loads_first(request):
+                loading.append(request)
+            else:
+                budget -= num_tokens
+                work.append((request, num_tokens))
+
+    def _loads_first(self, request: Request) -> bool:
+        """Whether others should compute while its history is loaded: more time is left of that
+        than its own computing would hide (CachedAttention, section 3.2.1: the read buffer)."""
+        if request.started or not request.sequence.loading:
+            return False
+        compute_s = self.prefill.seconds(request.num_remaining, request.sequence.context_len)
+        return request.sequence.load_left_s > compute_s
 
     def _publish_queue(self) -> None:
         if self._queue_changed:
@@ -121,7 +149,7 @@ class Scheduler:
         if not num_tokens:
             request.no_room_since_s = request.no_room_since_s or time.perf_counter()
         else:
-            request.note_start()
+            request.note_room()
             self.waiting.popleft()
             self.running.append(request)
             request.state = RequestState.RUNNING

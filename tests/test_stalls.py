@@ -1,4 +1,4 @@
-"""What a turn says it has waited for."""
+"""What a turn says it has waited for, and that others do not wait with it."""
 
 from __future__ import annotations
 
@@ -82,3 +82,41 @@ def test_history(model_path: Path, tmp_path: Path, device: int | str) -> None:
         read = -(-sum(reply.cached_from.values()) // BLOCK) * block
         assert stats["bytes_loaded"] == (read if device else 0)
         assert (stats["bytes_saved"] > 0) == bool(device)
+
+
+def test_others_go_on_while_history_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    model_path = save_model(tmp_path / "model", layers=4, heads=4, kv_heads=4)
+    store = ca.StoreConfig(
+        dram="24MiB",
+        ssd="64MiB",
+        path=str(tmp_path / "kv"),
+        block_size=BLOCK,
+        ssd_read_limit="8MB",
+        io_deadline=30,
+        load="always",
+    )
+    with open_engine(model_path, store, max_model_len=512) as engine:
+        ids = random_ids(400)
+        engine.generate(ids, ANSWER)
+        turn = ids + random_ids(8, seed=1)
+        expected = engine.generate(turn, ANSWER)
+        engine.store.flush()
+        engine.store.drop_tier("dram")
+        other = engine.add_request(
+            random_ids(20, seed=2), ca.SamplingParams(max_tokens=480, ignore_eos=True)
+        )
+        engine.step()
+        cold = engine.add_request(turn, ANSWER)
+        meanwhile = 0
+        while not cold.output_ids:
+            meanwhile += cold.sequence is not None and cold.sequence.loading
+            assert engine.step() == []
+        assert meanwhile > 5
+        assert len(other.output_ids) > meanwhile
+        while not cold.finished:
+            engine.step()
+        assert cold.output_ids == expected.token_ids
+        assert cold.cached_from["ssd"] > 350
+        assert cold.stall_s["queue"] > 10 * cold.stall_s["ssd"]
+        engine.abort(other)

@@ -272,6 +272,7 @@ void BindSequence(py::module_& module) {
       .def_property_readonly("context_len", [](Self& self) { return self.get().context_len(); })
       .def_property_readonly("room", [](Self& self) { return self.get().room(); })
       .def_property_readonly("loading", [](Self& self) { return self.get().loading(); })
+      .def_property_readonly("load_left_s", [](Self& self) { return self.get().load_left_s(); })
       .def("block_table", [](Self& self) { return ToArray(self.get().block_table()); })
       .def("reserve",
            [](Self& self, uint32_t num_tokens) {

@@ -252,6 +252,9 @@ class CA_API Sequence {
 
   // True while some layer has not landed; WaitLayer need not be called when false.
   virtual bool loading() const = 0;
+  // Until every layer has landed, by the rates measured so far; infinity: they are not known. 0
+  // when a part cannot be loaded.
+  virtual double load_left_s() const = 0;
   // Waits until layer `layer` of the context is in its slots; with a GPU until it will be for
   // computing that is started from now on. kCorrupt or kIo when some of the history cannot be: the
   // failed block is no longer findable; drop this step and the sequence, and begin again.

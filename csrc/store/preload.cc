@@ -148,6 +148,20 @@ bool Preloader::Estimate(std::span<const BlockRef> blocks, TurnLoad* turn) const
   return true;
 }
 
+double Preloader::SecondsLeft(std::span<const Fill* const> fills) const {
+  uint64_t to_read = 0, to_copy = 0;  // slices
+  for (const Fill* fill : fills) {
+    const FillRef feeder = FillOf(*fill->block, Tier::kDram);
+    if (feeder != nullptr) to_read += tiers_->layout.num_layers - feeder->landed.count();
+    if (fill->tier == Tier::kDevice) to_copy += tiers_->layout.num_layers - fill->landed.count();
+  }
+  const auto seconds = [this](uint64_t slices, double rate) {
+    return slices == 0 ? 0 : static_cast<double>(slices * tiers_->layout.slice_stride()) / rate;
+  };
+  const double read_rate = tiers_->ssd != nullptr ? tiers_->ssd->read_rate() : 0;
+  return std::max(seconds(to_read, read_rate), seconds(to_copy, load_rate_.rate(clock_->NowNs())));
+}
+
 void Preloader::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {
   for (const auto& weak : private_fills_) {
     const FillRef fill = weak.lock();

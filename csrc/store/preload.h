@@ -87,6 +87,9 @@ class Preloader {
   // disk would have to be read, and its rate is not known.
   bool Estimate(std::span<const BlockRef> blocks, TurnLoad* turn) const;
 
+  // Until these have landed, if nothing else is loaded; infinity: a rate is not known.
+  double SecondsLeft(std::span<const Fill* const> fills) const;
+
   // Starts what the engines have room for. Reads that wait fail while the SSD tier is off.
   void Pump();
 

@@ -75,6 +75,16 @@ bool SequenceImpl::loading() const {
   });
 }
 
+double SequenceImpl::load_left_s() const {
+  std::vector<const Fill*> fills;
+  for (const Entry& entry : entries_) {
+    if (entry.fill == nullptr || (entry.fill->done && entry.fill->status.ok())) continue;
+    if (!entry.fill->status.ok()) return 0;
+    fills.push_back(entry.fill.get());
+  }
+  return core_->preloader.SecondsLeft(fills);
+}
+
 // Lets go of the fills that are done, or will be before any computing; private slots become ours.
 void SequenceImpl::Settle() {
   for (Entry& entry : entries_) {

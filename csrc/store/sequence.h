@@ -28,6 +28,7 @@ class SequenceImpl final : public Sequence {
 
   Status Reserve(uint32_t num_tokens) override;
   bool loading() const override;
+  double load_left_s() const override;
   Status WaitLayer(uint32_t layer) override;
   void LayerDone(uint32_t layer, uint32_t num_tokens) override;
   void Append(std::span<const TokenId> tokens) override;
