@@ -168,7 +168,8 @@ py::array_t<TokenId> ContextTokens(const Chain& chain, uint32_t num_tokens) {
   return ToArray(out);
 }
 
-py::dict TierCounts(const uint64_t* values) {
+template <typename Counts>
+py::dict TierCounts(const Counts& values) {
   py::dict out;
   for (uint32_t i = 0; i < kNumTiers; ++i) out[kTierNames[i]] = values[i];
   return out;
@@ -229,11 +230,8 @@ void BindValues(py::module_& module) {
   py::class_<CachedTokens>(module, "CachedTokens")
       .def_readonly("total", &CachedTokens::total)
       .def_readonly("recomputed", &CachedTokens::recomputed)
-      .def_property_readonly("by_tier", [](const CachedTokens& self) {
-        py::dict out;
-        for (uint32_t i = 0; i < kNumTiers; ++i) out[kTierNames[i]] = self.by_tier[i];
-        return out;
-      });
+      .def_property_readonly("by_tier",
+                             [](const CachedTokens& self) { return TierCounts(self.by_tier); });
   py::class_<ComputeCost>(module, "ComputeCost")
       .def(py::init<uint32_t, double, double, double>(), py::kw_only(), py::arg("step_tokens") = 0,
            py::arg("step_s") = 0, py::arg("token_s") = 0, py::arg("pair_s") = 0)
@@ -391,10 +389,7 @@ void BindStore(py::module_& module) {
       .def("stats", &Stats)
       .def("tenant_usage",
            [](PyStore& self, const std::string& tenant) {
-             const auto used = self.get().TenantUsage(tenant);
-             py::dict out;
-             for (uint32_t i = 0; i < kNumTiers; ++i) out[kTierNames[i]] = used[i];
-             return out;
+             return TierCounts(self.get().TenantUsage(tenant));
            })
       .def("enable_trace", [](PyStore& self, bool on) { self.get().EnableTrace(on); })
       .def("take_trace", [](PyStore& self) { return self.get().TakeTrace(); })
