@@ -35,7 +35,7 @@ bool Evictor::TryEvict(Tier tier, Block* block) {
 void Evictor::Evict(Tier tier, Block* block) {
   trace_->AddEvict(*block, tier);
   ++num_evicted_[static_cast<int>(tier)];
-  num_waiting_evicted_ += policy_->waiting(block->owner);
+  if (policy_->waiting(block->owner)) waiting_evicted_.insert(block->owner);
   directory_->Drop(block, tier);
 }
 

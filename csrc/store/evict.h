@@ -2,6 +2,7 @@
 #pragma once
 
 #include <set>
+#include <unordered_set>
 
 #include "csrc/store/write_behind.h"
 
@@ -37,7 +38,10 @@ class Evictor {
   void DropAll(Tier tier);
 
   // Copies of waiting conversations, of all in num_evicted.
-  uint64_t num_waiting_evicted() const { return num_waiting_evicted_; }
+  // Conversations that wait, or waited then, and have lost a copy since the last call.
+  std::unordered_set<Conversation> TakeWaitingEvicted() {
+    return std::exchange(waiting_evicted_, {});
+  }
   uint64_t num_evicted(Tier tier) const { return num_evicted_[static_cast<int>(tier)]; }
 
  private:
@@ -55,7 +59,7 @@ class Evictor {
   Trace* const trace_;
   const uint32_t reserve_;
   uint64_t num_evicted_[kNumTiers] = {};
-  uint64_t num_waiting_evicted_ = 0;
+  std::unordered_set<Conversation> waiting_evicted_;
   std::set<uint32_t> over_quota_;  // tenants, in DRAM
 };
 

@@ -34,10 +34,13 @@ void Prefetcher::Clear() {
 void Prefetcher::SetQueue(std::span<const std::shared_ptr<Chain>> waiting) {
   Clear();
   waiting_.assign(waiting.begin(), waiting.end());
-  const bool lost = std::exchange(num_lost_, evictor_->num_waiting_evicted()) != num_lost_;
-  std::unordered_set<const Chain*> there;
+  const auto lost = evictor_->TakeWaitingEvicted();
+  decltype(there_) there;
   for (const auto& chain : waiting_) {
-    if (!lost && there_.contains(chain.get())) there.insert(chain.get());
+    const auto it = there_.find(chain.get());
+    if (it == there_.end()) continue;
+    if (std::ranges::any_of(it->second, [&](Conversation c) { return lost.contains(c); })) continue;
+    there.insert(there_.extract(it));
   }
   there_ = std::move(there);
 }
@@ -53,14 +56,16 @@ bool Prefetcher::WantMore() {
     const bool own = conversation != kNoConversation;
     if (!own && !history.blocks.empty()) conversation = history.blocks.back()->owner;
     bool there = true;
+    std::vector<Conversation> owners;
     for (const BlockRef& block : history.blocks) {
+      if (owners.empty() || owners.back() != block->owner) owners.push_back(block->owner);
       there = there && (block->ready(Tier::kDram) || block->ready(Tier::kDevice));
       if (!OnSsdOnly(*block)) continue;
       policy_->Hold(conversation);
       wanted_.push_back({block->key, conversation});
     }
     if (own) policy_->Release(conversation);
-    if (there) there_.insert(&chain);
+    if (there) there_.emplace(&chain, std::move(owners));
   }
   return !wanted_.empty();
 }

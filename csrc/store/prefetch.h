@@ -2,7 +2,7 @@
 #pragma once
 
 #include <deque>
-#include <unordered_set>
+#include <unordered_map>
 
 #include "csrc/store/conversations.h"
 #include "csrc/store/evict.h"
@@ -39,9 +39,8 @@ class Prefetcher {
   size_t next_ = 0;            // of waiting_, to be looked at
   std::deque<Wanted> wanted_;  // of those before
   std::vector<FillRef> running_;
-  // Of waiting_, those that have all in DRAM while nothing of a waiting conversation is evicted.
-  std::unordered_set<const Chain*> there_;
-  uint64_t num_lost_ = 0;  // evicted by then
+  // Of waiting_, those that have all in DRAM while nothing of these owners' is evicted.
+  std::unordered_map<const Chain*, std::vector<Conversation>> there_;
 };
 
 }  // namespace cachedattn
