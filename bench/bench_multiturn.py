@@ -13,12 +13,15 @@ Every mode plays the same conversations:
                 oldest half (OF)
     wait        a store; all layers are waited for before the first is computed, and each step
                 waits for its saves
-    preload     the same, layer l waits for layer l alone
+    preload     the same, layer l waits for layer l alone (the paper's PL-B0)
+    buffer      the same, a turn joins the others when its computing hides the rest of its loading
+                (a read buffer as deep as that takes)
     store       the same, and saves run on under later steps: the product
 
 Prints one JSON line a mode, then a table. `hit` is reused of prompt tokens; `busy_s` the seconds
 in steps; `prompt_tokens_s` prompt tokens, the reused ones included, a second in steps that had a
-prompt in them.
+prompt in them; `stall_s` the seconds that turns waited, by cause; `cost` dollars for a million
+turns at the paper's prices, as if --device were one of its GPUs.
 """
 
 from __future__ import annotations
@@ -42,14 +45,15 @@ from rich.console import Console
 from rich.table import Table
 
 from cachedattn.cli_common import find_model, progress_bar
-from cachedattn.config import KvLayout, ModelConfig, RopeConfig, StoreConfig
+from cachedattn.config import KvLayout, ModelConfig, RopeConfig, StoreConfig, parse_size
+from cachedattn.cost import PAPER_PRICES, cost
 from cachedattn.engine import Engine
 from cachedattn.model import CausalLM
 from cachedattn.request import Request
 from cachedattn.sampling import SamplingParams
 from cachedattn.store import AttentionStore
 
-MODES = ("recompute", "overflow", "wait", "preload", "store")
+MODES = ("recompute", "overflow", "wait", "preload", "buffer", "store")
 # hidden, intermediate, layers, heads, KV heads, vocabulary: random weights of real shapes.
 SHAPES = {
     "llama-8b": (4096, 14336, 32, 32, 8, 128256),
@@ -115,7 +119,8 @@ class Player:
         self.engine, self.mode, self.args = engine, mode, args
         self.rng = random.Random(args.seed + 1)
         self.turns: list[Turn] = []
-        self.busy_s = self.prompt_s = 0.0
+        self.busy_s = self.prompt_s = self.span_s = 0.0
+        self.stall_s: dict[str, float] = {}
         self.running: dict[int, tuple[Request, Conversation]] = {}
 
     def start(self, conversation: Conversation) -> None:
@@ -134,7 +139,7 @@ class Player:
         begin = time.perf_counter()
         waiting = {i for i, (request, _) in self.running.items() if not request.output_ids}
         ended = self.engine.step()
-        if self.mode in ("wait", "preload"):
+        if self.mode in ("wait", "preload", "buffer"):
             self.engine.store.drain()
         seconds = time.perf_counter() - begin
         self.busy_s += seconds
@@ -166,6 +171,14 @@ class Player:
                 if conversation.done < len(conversation.turns):
                     back = time.perf_counter() - begin + conversation.think_s[conversation.done]
                     heapq.heappush(due, (back, id(conversation), conversation))
+        self.span_s = time.perf_counter() - begin
+        self.stall_s = self.engine.stats()["stall_s"]
+
+    def tiers(self) -> tuple[int, int]:
+        """Bytes of DRAM and SSD that are paid for."""
+        if self.mode == "recompute":
+            return 0, 0
+        return parse_size(self.args.dram), parse_size(self.args.ssd)
 
     def row(self) -> dict[str, Any]:
         ttft = sorted(turn.ttft_s for turn in self.turns)
@@ -180,6 +193,8 @@ class Player:
             "ttft_p99_s": ttft[min(len(ttft) - 1, int(0.99 * len(ttft)))],
             "prompt_tokens_s": prompt / self.prompt_s,
             "busy_s": self.busy_s,
+            "stall_s": self.stall_s,
+            "cost": cost(PAPER_PRICES, self.busy_s, self.span_s, *self.tiers(), len(ttft)),
         }
 
 
@@ -250,6 +265,8 @@ def engine_for(
             )
             if mode == "wait":
                 engine.runner = WaitFirst(engine.runner)
+            if mode in ("wait", "preload"):
+                engine.scheduler.others_first = False
             yield engine
             engine.close()
 

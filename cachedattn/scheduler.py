@@ -30,6 +30,7 @@ class Scheduler:
         self.max_history = NO_LIMIT if reuse else 0
         self.always_load = store.config.load == "always"
         self.prefill = PrefillTimes(max_step_tokens)
+        self.others_first = True  # False: a turn whose history is on its way joins at once
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._queue_changed = False
@@ -102,7 +103,7 @@ class Scheduler:
     def _loads_first(self, request: Request) -> bool:
         """Whether others should compute while its history is loaded: more time is left of that
         than its own computing would hide (CachedAttention, section 3.2.1: the read buffer)."""
-        if request.started or not request.sequence.loading:
+        if not self.others_first or request.started or not request.sequence.loading:
             return False
         compute_s = self.prefill.seconds(request.num_remaining, request.sequence.context_len)
         return request.sequence.load_left_s > compute_s
