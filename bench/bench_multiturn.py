@@ -303,7 +303,7 @@ def parse_args() -> argparse.Namespace:
     add("--pool", default="0", help="device pool; 0 on the CPU: none")
     add("--dram", default="1GiB")
     add("--ssd", default="8GiB")
-    add("--policy", default="lookahead")
+    add("--policy", default="hazard")
     add("--seed", type=int, default=1)
     add("--json", action="store_true", help="print JSON lines alone")
     args = parser.parse_args()

@@ -38,8 +38,8 @@ class StoreConfig:
     dram: running sequences included. ssd: 0 for no SSD tier, else `path` is its directory.
     device: on CUDA the pool in its memory, which the engine sizes if this is 0. On a CPU 0, whose
     block tables point at DRAM; else an emulated device pool.
-    policy: what is kept longest. 'lookahead': what waits, then what was used last; 'hazard': what
-    waits, then what is likeliest to be used soon, as learnt; 'lru'; 'fifo'.
+    policy: what is kept longest. 'hazard': what waits, then what is likeliest to be used soon, as
+    learnt; 'lookahead' (the paper's): what waits, then what was used last; 'lru'; 'fifo'.
     tenant_quota: what one tenant's KV takes at most of DRAM, and of SSD; 0 for no limit. Running
     requests count, but are not refused.
     encrypt: file with a master key (`cachedattn keygen`); the SSD tier is encrypted under it.
@@ -60,7 +60,7 @@ class StoreConfig:
     device: int | str = 0
     tenant_quota: int | str = 0
     block_size: int = 64  # tokens
-    policy: str = "lookahead"
+    policy: str = "hazard"
     dram_reserve: float = 0.1  # share of the DRAM slots kept free
     io: str = "auto"
     io_depth: int = 256

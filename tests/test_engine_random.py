@@ -53,7 +53,7 @@ def play(engine: ca.Engine, seed: int) -> tuple[list[list[int]], dict[str, int]]
     return sorted(answers, key=lambda answer: answer[0]), served
 
 
-@pytest.mark.parametrize("policy", ["lookahead", "lru", "fifo"])
+@pytest.mark.parametrize("policy", ["hazard", "lookahead", "lru", "fifo"])
 @pytest.mark.parametrize("device_slots", [0, 30], ids=["dram", "device"])
 def test_random_conversations(model_path, tmp_path, policy, device_slots):
     seed = 3 * device_slots + len(policy)
