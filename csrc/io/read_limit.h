@@ -7,8 +7,9 @@
 
 namespace cachedattn {
 
-// Hands a read to `inner` when a disk of this rate would have read what came before it, and it.
-// Writes are not held up.
+// A read has ended when a disk of this rate would have read what came before it, and it. `inner`
+// reads at once, so what is in flight comes in bursts, but nobody has to poll to keep it going.
+// Writes are not held up. REQUIRES: no two requests in flight have one tag.
 std::unique_ptr<IoEngine> LimitReads(std::unique_ptr<IoEngine> inner, uint64_t bytes_per_s);
 
 }  // namespace cachedattn
