@@ -47,7 +47,8 @@ def measure(
     task = bar.add_task(f"history {history:,}", total=rounds * len(WAYS))
     for number in range(rounds):
         prompt = ids[:history] + ids[history + number : history + number + new]
-        for way in WAYS:
+        first = number % len(WAYS)  # what runs behind a long computation is a little slower
+        for way in WAYS[first:] + WAYS[:first]:
             times[way].append(trial(way, engine, prompt, history))
             bar.advance(task)
     return {way: all_of[2:] for way, all_of in times.items()}
