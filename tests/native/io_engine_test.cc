@@ -8,11 +8,14 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <set>
+#include <thread>
 #include <vector>
 
+#include "csrc/base/clock.h"
 #include "csrc/io/direct_file.h"
 #include "tests/native/testing/faulty_engine.h"
 #include "tests/native/testing/temp_dir.h"
@@ -95,6 +98,42 @@ TEST_P(IoEngineTest, ShortReadAtTheEndOfTheFile) {
   OPEN_OR_SKIP(engine, 2);
   EXPECT_EQ(RunOne(engine.get(), {IoOp::kRead, 0, data.get(), 2 * kPage, 1}), 6000);
   EXPECT_EQ(RunOne(engine.get(), {IoOp::kRead, 2 * kPage, data.get(), kPage, 2}), 0);
+}
+
+TEST_P(IoEngineTest, ReadsKeepToTheirLimit) {
+  constexpr uint32_t kReads = 8;
+  constexpr int64_t kDueNs = 200'000'000;  // all of them
+  ASSERT_EQ(::ftruncate(file_.fd.get(), kReads * kPage), 0);
+  auto data = Pages(kReads + 1);
+  auto engine =
+      OpenOn(file_.fd.get(), {.kind = GetParam(),
+                              .depth = 2 * kReads,
+                              .read_bytes_per_s = kReads * kPage * 1'000'000'000 / kDueNs});
+  if (engine == nullptr) GTEST_SKIP() << "io_uring is refused on this machine";
+  for (const bool polled : {true, false}) {
+    const int64_t begin_ns = SystemClock().NowNs();
+    for (uint32_t i = 0; i < kReads; ++i) {
+      engine->Submit({IoOp::kRead, i * kPage, data.get() + i * kPage, kPage, i});
+    }
+    engine->Submit({IoOp::kWrite, 0, data.get() + kReads * kPage, kPage, kReads});
+    // Who does not look for a long time finds all at once; only reads are held up.
+    if (!polled) std::this_thread::sleep_for(std::chrono::nanoseconds(2 * kDueNs));
+    uint32_t reads = 0;
+    while (engine->in_flight() > 0) {
+      IoCompletion done[2 * kReads];
+      const size_t count = engine->Poll(done, polled ? 1'000'000 : 0);
+      const int64_t spent_ns = SystemClock().NowNs() - begin_ns;
+      for (size_t i = 0; i < count; ++i) {
+        EXPECT_EQ(done[i].result, static_cast<int32_t>(kPage));
+        if (done[i].tag == kReads) continue;
+        EXPECT_GE(spent_ns, ++reads * kDueNs / kReads);
+      }
+      if (!polled) {
+        EXPECT_EQ(count, kReads + 1);
+      }
+    }
+    EXPECT_EQ(reads, kReads);
+  }
 }
 
 TEST_P(IoEngineTest, AnErrorIsAResult) {
