@@ -35,6 +35,7 @@ KERNELS = {
     "KvAppendKernel": Kernel(BOTH, hot=True),
     "RopeApplyKernel": Kernel(BOTH, hot=True),
     "MergeStatesKernel": Kernel(BOTH, hot=True),
+    "LeafSumsKernel": Kernel(BOTH, {"LDG", "SHFL"}, hot=True),
 }
 LOCAL_MEMORY = {"LDL", "STL"}
 

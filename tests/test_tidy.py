@@ -26,7 +26,7 @@ LAYERS = {
     "csrc/base/": ("csrc/base/",),
     "csrc/io/": ("csrc/io/", "csrc/base/"),
     "csrc/tier/": ("csrc/tier/", "csrc/io/", "csrc/base/"),
-    "csrc/copy/": ("csrc/copy/", "csrc/base/"),
+    "csrc/copy/": ("csrc/copy/", "csrc/kernels/params.h", "csrc/base/"),
     "csrc/policy/": ("csrc/policy/", "csrc/base/"),
     "csrc/store/": (
         "csrc/store/",

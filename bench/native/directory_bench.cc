@@ -71,6 +71,7 @@ class NullSsd final : public SsdTier {
   NullSsd(uint32_t num_blocks, double* scan_s) : num_blocks_(num_blocks), scan_s_(scan_s) {}
 
   uint32_t num_slots() const override { return num_blocks_ + kConversation; }
+  const std::array<uint8_t, 16>& uuid() const override { return uuid_; }
   Result<std::vector<ScannedBlock>> Scan(const ScanProgress&) override {
     const double start = CpuNow();
     std::vector<ScannedBlock> blocks(num_blocks_);
@@ -84,7 +85,9 @@ class NullSsd final : public SsdTier {
   }
   const std::vector<ScannedBlock>* index() const override { return nullptr; }
   const std::vector<SlotDamage>& damaged() const override { return damaged_; }
-  void StartWrite(SlotId, const BlockHeader&, std::byte*, uint64_t tag) override { Done(tag); }
+  void StartWrite(SlotId, const BlockHeader&, bool, std::byte*, uint64_t tag) override {
+    Done(tag);
+  }
   void StartRead(SlotId, const BlockHeader&, uint32_t, uint32_t, std::byte*,
                  uint64_t tag) override {
     Done(tag);
@@ -113,6 +116,7 @@ class NullSsd final : public SsdTier {
   const uint32_t num_blocks_;
   double* const scan_s_;
   std::vector<SsdCompletion> done_;
+  const std::array<uint8_t, 16> uuid_{};
   std::vector<SlotDamage> damaged_;
   const std::string why_ = "a benchmark";
 };
@@ -222,7 +226,7 @@ void WriteBlocks(const SsdOptions& options, uint32_t num_blocks) {
     while (slot < num_blocks && !free.empty() && ssd->can_submit()) {
       const auto buffer = static_cast<SlotId>(free.back());
       free.pop_back();
-      ssd->StartWrite(slot++, headers.Next(), buffers.value()->slot(buffer), buffer);
+      ssd->StartWrite(slot++, headers.Next(), false, buffers.value()->slot(buffer), buffer);
     }
     done.clear();
     ssd->Poll(&done, 1000);

@@ -8,11 +8,17 @@
 #include <memory>
 #include <vector>
 
-#include "csrc/base/types.h"
+#include "csrc/base/slice_sum.h"
 
 namespace cachedattn {
 
 enum class CopyStream : uint8_t { kLoad = 0, kSave = 1 };  // DRAM -> device, device -> DRAM
+
+// What of a source its sum is taken of: `size` bytes, in rows of which the first `used_bytes` count
+// and the others are taken for zero. All are multiples of 8.
+struct SumRows {
+  uint32_t size = 0, row_bytes = 0, used_bytes = 0;
+};
 
 struct CopyRequest {
   CopyStream stream = CopyStream::kLoad;
@@ -20,6 +26,10 @@ struct CopyRequest {
   std::byte* target = nullptr;
   uint64_t size = 0;
   uint64_t tag = 0;  // of the copies on one stream, each is larger than the one before
+  // Where the sum of what is computed goes, before the tag does; nullptr: nowhere. REQUIRES:
+  // takes_sums(), a save.
+  SliceSum* sum = nullptr;
+  SumRows rows{};
 };
 
 class CopyEngine {
@@ -52,6 +62,8 @@ class CopyEngine {
   // have changed hands. Saves always do.
   virtual void OrderLoadsAfterCompute() {}
   virtual bool computes_alone() const { return false; }
+  // Whether sums are taken in the order of the computing: before a copy that came too early.
+  virtual bool takes_sums() const { return false; }
   // The computing that is started between the two has only waited: `found` is told for how long,
   // by a Poll when it has run. REQUIRES: computes_alone().
   virtual void BeginStall() {}

@@ -1,13 +1,16 @@
 // Gpu on the CUDA runtime.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 #include <vector>
 
 #include "csrc/copy/gpu.h"
+#include "csrc/kernels/params.h"
 
 namespace cachedattn {
 
@@ -70,6 +73,7 @@ class CudaGpu final : public Gpu {
   }
 
   Result<std::unique_ptr<Slab>> Allocate(uint64_t bytes) override;
+  Result<std::unique_ptr<Slab>> AllocateHost(uint64_t bytes) override;
   Status Pin(std::span<std::byte> host) override {
     const OnGpu on(index_);
     const cudaError_t error = cudaHostRegister(host.data(), host.size(), cudaHostRegisterPortable);
@@ -96,6 +100,7 @@ class CudaGpu final : public Gpu {
   }
 
   void Copy(Queue queue, std::span<const CopyRequest> copies) override;
+  void Sum(std::span<const CopyRequest> copies, std::span<uint64_t* const> leaf_sums) override;
   Mark Record(Queue queue) override { return RecordEvent(queue, false); }
   Mark RecordTime() override { return RecordEvent(Queue::kCompute, true); }
   int64_t NsBetween(Mark first, Mark last) override {
@@ -131,6 +136,10 @@ class CudaGpu final : public Gpu {
   void Free(std::byte* base) {
     const OnGpu on(index_);
     Check(cudaFree(base), "cudaFree");
+  }
+  void FreeHost(std::byte* base) {
+    const OnGpu on(index_);
+    Check(cudaFreeHost(base), "cudaFreeHost");
   }
 
  private:
@@ -190,6 +199,31 @@ class CudaSlab final : public Slab {
   CudaGpu* const gpu_;
 };
 
+class PinnedSlab final : public Slab {
+ public:
+  PinnedSlab(CudaGpu* gpu, std::span<std::byte> bytes) : Slab(bytes), gpu_(gpu) {}
+  ~PinnedSlab() override { gpu_->FreeHost(bytes().data()); }
+  PinnedSlab(const PinnedSlab&) = delete;
+  PinnedSlab& operator=(const PinnedSlab&) = delete;
+
+  bool on_host() const override { return true; }
+  void Fill(std::byte* at, int value, uint64_t size) override { std::memset(at, value, size); }
+
+ private:
+  CudaGpu* const gpu_;
+};
+
+Result<std::unique_ptr<Slab>> CudaGpu::AllocateHost(uint64_t bytes) {
+  const OnGpu on(index_);
+  void* base = nullptr;
+  const cudaError_t error = cudaHostAlloc(&base, bytes, cudaHostAllocPortable);
+  if (error != cudaSuccess) {
+    return ErrorOf(error, "cannot take " + std::to_string(bytes) + " bytes of pinned DRAM");
+  }
+  return std::unique_ptr<Slab>(
+      std::make_unique<PinnedSlab>(this, std::span(static_cast<std::byte*>(base), bytes)));
+}
+
 Result<std::unique_ptr<Slab>> CudaGpu::Allocate(uint64_t bytes) {
   const OnGpu on(index_);
   void* base = nullptr;
@@ -206,6 +240,30 @@ void CudaGpu::Copy(Queue queue, std::span<const CopyRequest> copies) {
   for (const CopyRequest& copy : copies) {
     Check(cudaMemcpyAsync(copy.target, copy.source, copy.size, cudaMemcpyDefault, StreamOf(queue)),
           "cudaMemcpyAsync");
+  }
+}
+
+void CudaGpu::Sum(std::span<const CopyRequest> copies, std::span<uint64_t* const> leaf_sums) {
+  const OnGpu on(index_);
+  LeafSumsParams params;
+  const LeafSecret& secret = TheLeafSecret();
+  std::ranges::copy(secret.words, params.secret);
+  std::ranges::copy(secret.last, params.secret_last);
+  std::ranges::copy(secret.end, params.secret_end);
+  params.size = copies.front().rows.size;  // slices of one store are all alike
+  params.row_bytes = copies.front().rows.row_bytes;
+  for (size_t begin = 0; begin < copies.size(); begin += params.num_slices) {
+    const size_t count = std::min<size_t>(copies.size() - begin, LeafSumsParams::kMaxSlices);
+    params.num_slices = static_cast<int>(count);
+    for (size_t i = 0; i < count; ++i) {
+      params.slices[i] = copies[begin + i].source;
+      params.sums[i] = leaf_sums[begin + i];
+      params.used_bytes[i] = copies[begin + i].rows.used_bytes;
+    }
+    if (const char* error = CudaLeafSums(params, compute_); error != nullptr) {
+      std::fprintf(stderr, "cachedattn: the GPU failed: sums: %s\n", error);
+      std::abort();
+    }
   }
 }
 

@@ -22,6 +22,9 @@ class Gpu {
 
   virtual Result<std::unique_ptr<Slab>> Allocate(uint64_t bytes) = 0;
 
+  // Memory of this process that kCompute writes to.
+  virtual Result<std::unique_ptr<Slab>> AllocateHost(uint64_t bytes) = 0;
+
   // Makes host memory one that copies do not stage. From any thread; nothing else is.
   virtual Status Pin(std::span<std::byte> host) = 0;
   virtual void Unpin(std::span<std::byte> host) = 0;
@@ -30,6 +33,9 @@ class Gpu {
   virtual void SetCompute(void* stream) = 0;
 
   virtual void Copy(Queue queue, std::span<const CopyRequest> copies) = 0;
+  // In kCompute: the sums of the leaves of each `source` (slice_sum.h), to leaf_sums[i], memory of
+  // AllocateHost.
+  virtual void Sum(std::span<const CopyRequest> copies, std::span<uint64_t* const> leaf_sums) = 0;
   // The end of what `queue` holds by now. It is kept until Forget.
   virtual Mark Record(Queue queue) = 0;
   // What `queue` gets from now on runs after `mark`.
@@ -45,7 +51,8 @@ class Gpu {
 // kInvalidArgument: there is no such GPU, or no CUDA in this build.
 Result<std::unique_ptr<Gpu>> OpenCudaGpu(uint32_t index);
 
-// Copies on the kLoad and kSave queues of `gpu`, which outlives the engine.
-std::unique_ptr<CopyEngine> NewGpuCopyEngine(Gpu* gpu);
+// Copies on the kLoad and kSave queues of `gpu`, which outlives the engine. Errors are those of
+// AllocateHost.
+Result<std::unique_ptr<CopyEngine>> NewGpuCopyEngine(Gpu* gpu);
 
 }  // namespace cachedattn

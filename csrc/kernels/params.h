@@ -85,6 +85,18 @@ struct MergeParams {
   int64_t num_rows = 0;
 };
 
+// Sums of the 4 KiB leaves of layer slices (csrc/base/slice_sum.h). All slices are `size` bytes, in
+// rows of `row_bytes`; what follows the first used_bytes[i] of each row is taken for zero.
+struct LeafSumsParams {
+  static constexpr int kMaxSlices = 128;
+  const void* slices[kMaxSlices] = {};  // multiples of 8, as all the sizes are
+  uint64_t* sums[kMaxSlices] = {};      // of each slice, a sum a leaf
+  uint32_t used_bytes[kMaxSlices] = {};
+  int num_slices = 0;
+  uint32_t size = 0, row_bytes = 0;
+  uint64_t secret[24] = {}, secret_last[8] = {}, secret_end[8] = {};  // LeafSecret
+};
+
 // The caller's thread pool: run calls fn(ctx, i) for i in [0, n) and returns when all are done.
 // num_threads is a hint for n; results never depend on it.
 struct Workers {
@@ -123,6 +135,7 @@ CA_API const char* CpuIsaName();
 CA_API const char* CudaRopeApply(const RopeApplyParams& params, void* stream);
 CA_API const char* CudaKvAppend(const KvAppendParams& params, void* stream);
 CA_API const char* CudaMergeStates(const MergeParams& params, void* stream);
+const char* CudaLeafSums(const LeafSumsParams& params, void* stream);
 // Bytes of device memory that CudaAttnPaged needs beside its params (contents undefined), for these
 // shapes; max_blocks and the strides do not matter.
 CA_API int64_t CudaAttnWorkspaceBytes(const AttnParams& params);

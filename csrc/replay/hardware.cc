@@ -16,7 +16,7 @@ bool DeviceQueue::Take(uint64_t* tag) {
   return true;
 }
 
-void ModelSsd::StartWrite(SlotId, const BlockHeader& header, std::byte*, uint64_t tag) {
+void ModelSsd::StartWrite(SlotId, const BlockHeader& header, bool, std::byte*, uint64_t tag) {
   const uint64_t bytes = header.num_tokens * token_bytes_;
   bytes_written_ += bytes;
   queue_.Add(tag, static_cast<int64_t>(1e9 * bytes / model_.write_bytes_s),

@@ -70,6 +70,7 @@ class ModelSsd final : public SsdTier {
   int64_t next_ns() const { return queue_.next_ns(); }
 
   uint32_t num_slots() const override { return num_slots_; }
+  const std::array<uint8_t, 16>& uuid() const override { return uuid_; }
   Result<std::vector<ScannedBlock>> Scan(const ScanProgress&) override {
     return std::vector<ScannedBlock>();  // it begins empty
   }
@@ -78,7 +79,7 @@ class ModelSsd final : public SsdTier {
   }
   const std::vector<ScannedBlock>* index() const override { return nullptr; }
   const std::vector<SlotDamage>& damaged() const override { return damaged_; }
-  void StartWrite(SlotId, const BlockHeader& header, std::byte*, uint64_t tag) override;
+  void StartWrite(SlotId, const BlockHeader& header, bool, std::byte*, uint64_t tag) override;
   void StartRead(SlotId, const BlockHeader& header, uint32_t, uint32_t, std::byte*,
                  uint64_t tag) override;
   void StartProbe(uint64_t tag) override { queue_.Add(tag, 0, 0); }
@@ -103,6 +104,7 @@ class ModelSsd final : public SsdTier {
   VirtualClock* const clock_;
   DeviceQueue queue_;
   uint64_t bytes_read_ = 0, bytes_written_ = 0;
+  const std::array<uint8_t, 16> uuid_{};
   std::vector<SlotDamage> damaged_;
   const std::string why_ = "a replay in virtual time";
 };

@@ -197,8 +197,11 @@ Result<std::unique_ptr<AttentionStore>> OpenTiers(const StoreOptions& options,
         on ? [on](uint64_t bytes) { return on->Allocate(bytes); } : AllocateSlab(MapHostSlab));
     if (!device.ok()) return device.status();
     tiers.device = std::move(device.value());
-    tiers.copy = on ? NewGpuCopyEngine(on) : std::move(copy);
+    tiers.copy = std::move(copy);
     if (on != nullptr) {
+      auto engine = NewGpuCopyEngine(on);
+      if (!engine.ok()) return engine.status();
+      tiers.copy = std::move(engine.value());
       const MemoryTier& dram = *tiers.dram;
       tiers.pinner = std::make_unique<Pinner>(on, dram.slab(), dram.slot_bytes());
     }

@@ -26,6 +26,7 @@ struct Copy {
   CopyState state = CopyState::kAbsent;
   bool listed = false;
   bool leaving = false;  // its save or write to the next tier is queued or under way
+  bool sealed = false;   // in DRAM: its header page has the seals of what was computed
 };
 
 struct Block {

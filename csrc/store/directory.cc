@@ -220,7 +220,7 @@ void Directory::SetState(Block* block, Tier tier, CopyState from, CopyState to) 
   CA_CHECK(block->copy(tier).state == from);
   Change(block, tier, [to](Copy* copy) {
     copy->state = to;
-    if (to == CopyState::kAbsent) copy->leaving = false;
+    if (to == CopyState::kAbsent) copy->leaving = copy->sealed = false;
   });
   if (to != CopyState::kAbsent) return;
   for (const Copy& other : block->copies) {

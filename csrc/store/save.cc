@@ -2,7 +2,17 @@
 
 #include <cstring>
 
+#include "csrc/tier/ssd_format.h"
+
 namespace cachedattn {
+
+namespace {
+
+uint64_t TokenBytes(const KvLayout& layout) {
+  return uint64_t{layout.head_dim} * SizeOf(layout.dtype);
+}
+
+}  // namespace
 
 Saver::Saver(Tiers* tiers, Directory* directory, Evictor* evictor, Trace* trace,
              bool keep_on_device)
@@ -10,7 +20,9 @@ Saver::Saver(Tiers* tiers, Directory* directory, Evictor* evictor, Trace* trace,
       directory_(directory),
       evictor_(evictor),
       trace_(trace),
-      keep_on_device_(keep_on_device) {}
+      keep_on_device_(keep_on_device),
+      sums_(tiers->ssd && tiers->copy && tiers->copy->takes_sums() &&
+            TokenBytes(tiers->layout) % sizeof(uint64_t) == 0) {}
 
 SaveRef Saver::Begin(SlotId device_slot, uint64_t sequence, uint32_t tenant) {
   if (!evictor_->KeepQuota(Tier::kDram, tenant, 1)) return nullptr;
@@ -19,6 +31,7 @@ SaveRef Saver::Begin(SlotId device_slot, uint64_t sequence, uint32_t tenant) {
   save->device_slot = device_slot;
   save->target = tiers_->dram->slots().Take(tenant);
   save->target_id = save->target.id();
+  save->num_tokens = tiers_->layout.block_size;
   save->sequence = sequence;
   if (saves_.size() == saves_.capacity()) {  // rarely: the list is as long as all that runs
     std::erase_if(saves_, [](const auto& weak) { return weak.expired(); });
@@ -35,17 +48,25 @@ void Saver::Layer(const SaveRef& save, uint32_t layer) {
   const uint64_t offset = layout.device_slice_offset(layer);
   trace_->Add(TraceKind::kSaveStart, save->sequence, layer, 1, save->device_slot,
               save->block.get());
-  const CopyRequest request{.stream = CopyStream::kSave,
-                            .source = tiers_->device->payload(save->device_slot) + offset,
-                            .target = tiers_->dram->payload(save->target_id) + offset,
-                            .size = layout.slice_stride(),
-                            .tag = next_tag_++};
+  CopyRequest request{.stream = CopyStream::kSave,
+                      .source = tiers_->device->payload(save->device_slot) + offset,
+                      .target = tiers_->dram->payload(save->target_id) + offset,
+                      .size = layout.slice_stride(),
+                      .tag = next_tag_++};
+  if (sums_) {
+    // Where its seal will be; until then nobody reads the page.
+    request.sum = &reinterpret_cast<BlockPage*>(tiers_->dram->slot(save->target_id))->seals[layer];
+    request.rows = {.size = static_cast<uint32_t>(layout.slice_bytes()),
+                    .row_bytes = static_cast<uint32_t>(layout.block_size * TokenBytes(layout)),
+                    .used_bytes = static_cast<uint32_t>(save->num_tokens * TokenBytes(layout))};
+  }
   in_flight_.emplace(request.tag, Slice{save, layer});
   tiers_->copy->Enqueue(request);
 }
 
 void Saver::Publish(const SaveRef& save, const BlockRef& block) {
   if (!block->absent(Tier::kDram)) return;
+  save->num_tokens = block->num_tokens;
   for (uint32_t layer = 0; layer < tiers_->layout.num_layers; ++layer) Layer(save, layer);
   save->block = block;
   if (block->ready(Tier::kDevice)) save->source = directory_->Pin(block, Tier::kDevice);
@@ -110,6 +131,11 @@ void Saver::FinishIfLanded(Save* save) {
   if (tiers_->copy->moves_bytes()) {
     ZeroUnusedTokens(layout, block->num_tokens, tiers_->dram->payload(save->target_id));
   }
+  if (sums_) {
+    std::byte* const slot = tiers_->dram->slot(save->target_id);
+    SealSums(tiers_->ssd->uuid(), layout, block->key, slot);
+    block->copy(Tier::kDram).sealed = true;
+  }
   directory_->FinishFill(std::move(save->transfer));
   save->source.Release();
   save->source_slot.Release();
@@ -129,7 +155,7 @@ void Saver::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {
 }
 
 void ZeroUnusedTokens(const KvLayout& layout, uint32_t num_tokens, std::byte* payload) {
-  const uint64_t token_bytes = uint64_t{layout.head_dim} * SizeOf(layout.dtype);
+  const uint64_t token_bytes = TokenBytes(layout);
   const uint64_t head_bytes = layout.block_size * token_bytes;
   const uint64_t used = num_tokens * token_bytes;
   if (used == head_bytes) return;

@@ -22,6 +22,7 @@ struct Save {
   SlotId target_id = kNoSlot;
   BlockRef block;  // nullptr: not published
   Transfer transfer;
+  uint32_t num_tokens = 0;
   uint64_t sequence = 0;
   std::bitset<KvLayout::kMaxLayers> started;
   uint32_t num_landed = 0;
@@ -69,6 +70,7 @@ class Saver {
   Evictor* const evictor_;
   Trace* const trace_;
   const bool keep_on_device_;
+  const bool sums_;  // are taken where the slices are computed
   std::unordered_map<uint64_t, Slice> in_flight_;
   std::deque<BlockKey> queue_;              // a block is in it at most once (Copy::leaving)
   std::vector<std::weak_ptr<Save>> saves_;  // for the invariants alone

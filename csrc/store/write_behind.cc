@@ -124,7 +124,8 @@ void WriteBehind::Start(const BlockRef& block, Slot slot) {
   trace_->Add(TraceKind::kWriteStart, 0, 0, tiers_->layout.num_layers, dram_slot, block.get());
   const uint64_t tag = next_tag_++;
   in_flight_.emplace(tag, std::move(write));
-  tiers_->ssd->StartWrite(ssd_slot, header, tiers_->dram->slot(dram_slot), tag);
+  tiers_->ssd->StartWrite(ssd_slot, header, block->copy(Tier::kDram).sealed,
+                          tiers_->dram->slot(dram_slot), tag);
 }
 
 void WriteBehind::OnDone(const SsdCompletion& done) {

@@ -59,11 +59,12 @@ BlockCipher::BlockCipher(std::shared_ptr<KeyRing> keys, const Uuid& uuid, const 
       staging_(std::move(staging)),
       staged_(max_writes) {}
 
-std::byte* BlockCipher::Begin(uint32_t write, SlotId slot, const BlockHeader& header,
+std::byte* BlockCipher::Begin(uint32_t write, SlotId slot, const BlockHeader& header, bool sealed,
                               const std::byte* host_slot) {
   CA_CHECK(!staged_[write]);
   staged_[write] = staging_->slots().Take();
-  std::byte* sealed = staging_->slot(staged_[write].id());
+  std::byte* staged = staging_->slot(staged_[write].id());
+  const auto& plain = *reinterpret_cast<const BlockPage*>(host_slot);
   BlockPage page = PageOf(layout_, slot, header);
   FillRandom(page.salt);
   const auto cipher = keys_->CipherOf(header.tenant, page.salt);
@@ -74,11 +75,16 @@ std::byte* BlockCipher::Begin(uint32_t write, SlotId slot, const BlockHeader& he
     const uint64_t offset = layout_.host_slice_offset(aad.layer);
     page.seals[aad.layer] =
         cipher->Seal(NonceOf(aad.layer), AsBytes(aad), {host_slot + offset, layout_.slice_bytes()},
-                     sealed + offset);
+                     staged + offset);
+    if (sealed &&
+        SealOf(uuid_, header.key, aad.layer,
+               SumOfSlice({host_slot + offset, layout_.slice_bytes()})) != plain.seals[aad.layer]) {
+      page.seals[aad.layer] = {};
+    }
   }
   Seal(uuid_, &page);
-  std::memcpy(sealed, &page, sizeof(page));
-  return sealed;
+  std::memcpy(staged, &page, sizeof(page));
+  return staged;
 }
 
 std::optional<uint32_t> BlockCipher::Decrypt(const BlockPage& page, uint32_t first_layer,

@@ -21,9 +21,10 @@ class BlockCipher {
   static Result<std::unique_ptr<BlockCipher>> Open(const SsdOptions& options, const Uuid& uuid,
                                                    uint32_t max_writes);
 
-  // The sealed block as it is to lie in `slot`, header page included; stays until End(write).
+  // The encrypted block as it is to lie in `slot`, header page included; stays until End(write).
+  // `sealed`: a layer that is not what its seal in `host_slot` says gets a tag that fits nothing.
   // REQUIRES: write < max_writes, the tenant has a key.
-  std::byte* Begin(uint32_t write, SlotId slot, const BlockHeader& header,
+  std::byte* Begin(uint32_t write, SlotId slot, const BlockHeader& header, bool sealed,
                    const std::byte* host_slot);
   void End(uint32_t write) { staged_[write].Release(); }
 

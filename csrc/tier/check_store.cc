@@ -252,9 +252,7 @@ std::string Checker::CompareWithIndex(const BlockHeader& found, const BlockHeade
 
 bool Checker::IsSealed(const BlockPage& page, uint32_t layer, std::byte* host_slot) const {
   if (cipher_ != nullptr) return !cipher_->Decrypt(page, layer, 1, host_slot);
-  const std::byte* slice = host_slot + layout_.host_slice_offset(layer);
-  return SliceSum(superblock_.uuid, {page.key}, layer, {slice, layout_.slice_bytes()}) ==
-         page.seals[layer];
+  return cachedattn::IsSealed(superblock_.uuid, layout_, page, layer, host_slot);
 }
 
 std::string Checker::CheckPayload(std::byte* host_slot) const {

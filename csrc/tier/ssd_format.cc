@@ -79,8 +79,7 @@ void SetCounters(const StoreCounters& counters, Superblock* superblock) {
                              counters.tokens_from_ssd};
 }
 
-SliceSeal SliceSum(const Uuid& uuid, const BlockKey& key, uint32_t layer,
-                   std::span<const std::byte> slice) {
+SliceSeal SealOf(const Uuid& uuid, const BlockKey& key, uint32_t layer, const SliceSum& sum) {
   struct {
     Uuid uuid;
     std::array<uint8_t, 32> key;
@@ -88,12 +87,22 @@ SliceSeal SliceSum(const Uuid& uuid, const BlockKey& key, uint32_t layer,
   } place = {uuid, key.bytes, layer};
   static_assert(sizeof(place) == 52);
   const uint64_t seed = XXH3_64bits(&place, sizeof(place));
-  const XXH128_hash_t sum = XXH3_128bits_withSeed(slice.data(), slice.size(), seed);
+  const XXH128_hash_t hash = XXH3_128bits_withSeed(sum.data(), sum.size(), seed);
   SliceSeal seal;
-  std::memcpy(seal.data(), &sum.low64, 8);
-  std::memcpy(seal.data() + 8, &sum.high64, 8);
+  std::memcpy(seal.data(), &hash.low64, 8);
+  std::memcpy(seal.data() + 8, &hash.high64, 8);
   return seal;
 }
+
+namespace {
+
+SliceSeal SealOfSlice(const Uuid& uuid, const KvLayout& layout, const BlockKey& key, uint32_t layer,
+                      const std::byte* host_slot) {
+  const std::byte* slice = host_slot + layout.host_slice_offset(layer);
+  return SealOf(uuid, key, layer, SumOfSlice({slice, layout.slice_bytes()}));
+}
+
+}  // namespace
 
 BlockPage PageOf(const KvLayout& layout, SlotId slot, const BlockHeader& header) {
   BlockPage page;
@@ -110,27 +119,35 @@ BlockPage PageOf(const KvLayout& layout, SlotId slot, const BlockHeader& header)
 
 void Seal(const Uuid& uuid, BlockPage* page) { page->checksum = PageSum(*page, uuid); }
 
+void SealSums(const Uuid& uuid, const KvLayout& layout, const BlockKey& key, std::byte* host_slot) {
+  auto& page = *reinterpret_cast<BlockPage*>(host_slot);
+  for (uint32_t layer = 0; layer < layout.num_layers; ++layer) {
+    page.seals[layer] = SealOf(uuid, key, layer, page.seals[layer]);
+  }
+}
+
 void SealBlock(const Uuid& uuid, const KvLayout& layout, SlotId slot, const BlockHeader& header,
-               std::byte* host_slot) {
+               bool sealed, std::byte* host_slot) {
   BlockPage page = PageOf(layout, slot, header);
+  const auto& before = *reinterpret_cast<const BlockPage*>(host_slot);
   for (uint32_t layer = 0; layer < layout.num_layers; ++layer) {
     page.seals[layer] =
-        SliceSum(uuid, header.key, layer,
-                 {host_slot + layout.host_slice_offset(layer), layout.slice_bytes()});
+        sealed ? before.seals[layer] : SealOfSlice(uuid, layout, header.key, layer, host_slot);
   }
   Seal(uuid, &page);
   std::memcpy(host_slot, &page, sizeof(page));
+}
+
+bool IsSealed(const Uuid& uuid, const KvLayout& layout, const BlockPage& page, uint32_t layer,
+              const std::byte* host_slot) {
+  return SealOfSlice(uuid, layout, {page.key}, layer, host_slot) == page.seals[layer];
 }
 
 std::optional<uint32_t> FirstBadLayer(const Uuid& uuid, const KvLayout& layout,
                                       const BlockPage& page, uint32_t first_layer,
                                       uint32_t num_layers, const std::byte* host_slot) {
   for (uint32_t layer = first_layer; layer < first_layer + num_layers; ++layer) {
-    const std::byte* slice = host_slot + layout.host_slice_offset(layer);
-    const BlockKey key{page.key};
-    if (SliceSum(uuid, key, layer, {slice, layout.slice_bytes()}) != page.seals[layer]) {
-      return layer;
-    }
+    if (!IsSealed(uuid, layout, page, layer, host_slot)) return layer;
   }
   return std::nullopt;
 }

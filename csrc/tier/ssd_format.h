@@ -12,11 +12,12 @@
 #include <span>
 #include <string>
 
+#include "csrc/base/slice_sum.h"
 #include "csrc/tier/ssd_tier.h"
 
 namespace cachedattn {
 
-constexpr uint32_t kSsdVersion = 1;
+constexpr uint32_t kSsdVersion = 2;
 constexpr uint64_t kScratchOffset = 2 * kPage;
 constexpr uint64_t kFirstSlot = kHugePage;  // where slot 0 begins
 constexpr std::array<char, 8> kSuperblockMagic = {'C', 'A', 'T', 'T', 'N', 'S', 'S', 'D'};
@@ -49,8 +50,8 @@ struct Superblock {
 };
 static_assert(sizeof(Superblock) == kPage && offsetof(Superblock, checksum) == kPage - 8);
 
-// What proves a layer slice: XXH3-128 of the slice without its padding, seeded with (uuid, key,
-// layer); or the tag of its cipher.
+// What proves a layer slice: its sum, without the padding, bound to (uuid, key, layer); or the tag
+// of its cipher.
 using SliceSeal = std::array<uint8_t, 16>;
 
 // The first page of a slot.
@@ -114,19 +115,24 @@ std::string NameOf(const Superblock& superblock);
 StoreCounters CountersOf(const Superblock& superblock);
 void SetCounters(const StoreCounters& counters, Superblock* superblock);
 
-// The sum of layer `layer`: `slice` is its bytes without the padding.
-SliceSeal SliceSum(const Uuid& uuid, const BlockKey& key, uint32_t layer,
-                   std::span<const std::byte> slice);
+SliceSeal SealOf(const Uuid& uuid, const BlockKey& key, uint32_t layer, const SliceSum& sum);
 
 // The header page of a block for `slot`, all but the seals and the checksum.
 BlockPage PageOf(const KvLayout& layout, SlotId slot, const BlockHeader& header);
 void Seal(const Uuid& uuid, BlockPage* page);
 
-// Writes the header page at the front of `host_slot`, the sums of its payload included.
-void SealBlock(const Uuid& uuid, const KvLayout& layout, SlotId slot, const BlockHeader& header,
-               std::byte* host_slot);
+// Turns the sums that stand where the seals of `host_slot` go into seals.
+void SealSums(const Uuid& uuid, const KvLayout& layout, const BlockKey& key, std::byte* host_slot);
 
-// The first of these layers in `host_slot` whose sum is not that of the header `page`.
+// Writes the header page at the front of `host_slot`, with the seals of its payload, or, `sealed`,
+// with those that stand there.
+void SealBlock(const Uuid& uuid, const KvLayout& layout, SlotId slot, const BlockHeader& header,
+               bool sealed, std::byte* host_slot);
+
+// Whether layer `layer` in `host_slot` is what the header `page` says.
+bool IsSealed(const Uuid& uuid, const KvLayout& layout, const BlockPage& page, uint32_t layer,
+              const std::byte* host_slot);
+// The first of these layers that is not.
 std::optional<uint32_t> FirstBadLayer(const Uuid& uuid, const KvLayout& layout,
                                       const BlockPage& page, uint32_t first_layer,
                                       uint32_t num_layers, const std::byte* host_slot);

@@ -41,13 +41,14 @@ class SsdTierImpl : public SsdTier {
   }
 
   uint32_t num_slots() const override { return file_->num_slots(); }
+  const Uuid& uuid() const override { return file_->superblock().uuid; }
   Result<std::vector<ScannedBlock>> Scan(const ScanProgress& progress) override;
   Result<std::vector<ScannedBlock>> ScanHeaders(const ScanProgress& progress) override;
   const std::vector<ScannedBlock>* index() const override {
     return file_->index() ? &*file_->index() : nullptr;
   }
   const std::vector<SlotDamage>& damaged() const override { return damaged_; }
-  void StartWrite(SlotId slot, const BlockHeader& header, std::byte* host_slot,
+  void StartWrite(SlotId slot, const BlockHeader& header, bool sealed, std::byte* host_slot,
                   uint64_t tag) override;
   void StartRead(SlotId slot, const BlockHeader& header, uint32_t first_layer, uint32_t num_layers,
                  std::byte* host_slot, uint64_t tag) override;
@@ -76,7 +77,6 @@ class SsdTierImpl : public SsdTier {
  private:
   using Op = SsdOp;
 
-  const Uuid& uuid() const { return file_->superblock().uuid; }
   IoRequest RequestOf(uint32_t index) const { return ops_[index].Request(layout_, index); }
   void Start(const Op& op);
   void Submit(uint32_t index);
@@ -155,12 +155,12 @@ void SsdTierImpl::Start(const Op& op) {
   HandOver();
 }
 
-void SsdTierImpl::StartWrite(SlotId slot, const BlockHeader& header, std::byte* host_slot,
-                             uint64_t tag) {
+void SsdTierImpl::StartWrite(SlotId slot, const BlockHeader& header, bool sealed,
+                             std::byte* host_slot, uint64_t tag) {
   CA_CHECK(!options_.read_only && slot < num_slots());
   CA_CHECK(header.num_tokens >= 1 && header.num_tokens <= layout_.block_size);
-  if (!cipher_) SealBlock(uuid(), layout_, slot, header, host_slot);
-  if (cipher_) host_slot = cipher_->Begin(free_ops_.back(), slot, header, host_slot);
+  if (!cipher_) SealBlock(uuid(), layout_, slot, header, sealed, host_slot);
+  if (cipher_) host_slot = cipher_->Begin(free_ops_.back(), slot, header, sealed, host_slot);
   Op op;
   op.kind = IoOp::kWrite;
   op.slot = slot;

@@ -121,6 +121,7 @@ class CA_API SsdTier {
   static size_t FreeAbandoned();
 
   virtual uint32_t num_slots() const = 0;
+  virtual const std::array<uint8_t, 16>& uuid() const = 0;
 
   // The blocks that the file holds, by slot: from the index after a clean close, else by reading
   // every slot's header page. Damaged or empty slots are left out, and of two slots with one key
@@ -135,10 +136,10 @@ class CA_API SsdTier {
   // Slots whose header page the last scan read and found damaged, or could not read; by slot.
   virtual const std::vector<SlotDamage>& damaged() const = 0;
 
-  // Writes a whole block: fills the header page at the front of `host_slot` (checksums included)
-  // and writes header and payload. `host_slot` must not change until the completion.
+  // Writes a whole block: fills the header page at the front of `host_slot` (seals included, unless
+  // `sealed`) and writes header and payload. `host_slot` must not change until the completion.
   // REQUIRES: can_submit().
-  virtual void StartWrite(SlotId slot, const BlockHeader& header, std::byte* host_slot,
+  virtual void StartWrite(SlotId slot, const BlockHeader& header, bool sealed, std::byte* host_slot,
                           uint64_t tag) = 0;
 
   // Reads layers [first_layer, first_layer + num_layers) into their places in `host_slot`, and

@@ -78,7 +78,7 @@ bool Finish(SsdTier* tier) {
 
 bool WriteBlock(SsdTier* tier, SlotId slot, const BlockHeader& header, uint32_t number) {
   AlignedBytes host = PayloadOf(number);
-  tier->StartWrite(slot, header, host.get(), 1);
+  tier->StartWrite(slot, header, false, host.get(), 1);
   return Finish(tier);
 }
 

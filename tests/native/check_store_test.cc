@@ -56,7 +56,7 @@ class CheckStoreTest : public ::testing::TestWithParam<bool> {  // encrypted?
   static void Put(SsdTier* tier, SlotId slot, uint32_t number, uint64_t generation) {
     HostSlot host;
     host.Fill(SmallLayout(), number);
-    tier->StartWrite(slot, Header(tier, number, generation), host.data(), 1);
+    tier->StartWrite(slot, Header(tier, number, generation), false, host.data(), 1);
     ASSERT_TRUE(Drain(tier).at(0).status.ok());
   }
 

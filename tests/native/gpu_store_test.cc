@@ -1,8 +1,11 @@
 // The store over a GPU whose queues are threads: what is not ordered by a mark comes out of order.
 #include <gtest/gtest.h>
 
+#include <filesystem>
+
 #include "csrc/copy/pinner.h"
 #include "tests/native/testing/fake_gpu.h"
+#include "tests/native/testing/master_key.h"
 #include "tests/native/testing/store_fixture.h"
 #include "tests/native/testing/temp_dir.h"
 
@@ -46,8 +49,9 @@ class GpuTurn {
     const auto slots = std::make_shared<std::vector<int32_t>>(table.begin(), table.end());
     const uint32_t num_layers = store_->layout().num_layers;
     for (uint32_t layer = 0; layer < std::min(num_layers, end_layer); ++layer) {
-      if (sequence_->loading()) {
-        EXPECT_TRUE(sequence_->WaitLayer(layer).ok());
+      if (sequence_->loading() && !sequence_->WaitLayer(layer).ok()) {
+        ADD_FAILURE() << "layer " << layer << " was not loaded";
+        return false;
       }
       gpu_->Compute([store = store_, wrong = wrong_, hashes, slots, layer, context] {
         for (uint32_t place = 0; place < hashes->size(); ++place) {
@@ -63,6 +67,15 @@ class GpuTurn {
     if (end_layer < num_layers) return true;
     sequence_->Append(std::span(tokens_).subspan(done, count));
     return true;
+  }
+
+  // Of the history; the error of a layer that did not come.
+  Status WaitForAll() {
+    Status status;
+    for (uint32_t layer = 0; status.ok() && layer < store_->layout().num_layers; ++layer) {
+      status = sequence_->WaitLayer(layer);
+    }
+    return status;
   }
 
   bool finished() const { return sequence_->num_computed_tokens() == tokens_.size(); }
@@ -82,9 +95,10 @@ class GpuTurn {
 
 class GpuStoreTest : public ::testing::TestWithParam<uint64_t> {
  protected:
-  void Open(const Sizes& sizes, bool poison, uint64_t seed) {
+  void Open(const Sizes& sizes, bool poison, uint64_t seed, bool encrypt = false) {
     StoreOptions options = TinyOptions(sizes, dir_ / "kv");
     options.poison = poison;
+    if (encrypt) WriteMasterKey(options.master_key_file = dir_ / "key");
     auto ssd = SsdTier::Open(SsdOptionsOf(options));
     ASSERT_TRUE(ssd.ok()) << ssd.status().message();
     auto gpu = std::make_unique<FakeGpu>(seed);
@@ -101,7 +115,9 @@ class GpuStoreTest : public ::testing::TestWithParam<uint64_t> {
     const auto turn = NewTurn(tokens);
     EXPECT_TRUE(turn->Begin());
     const CachedTokens cached = turn->cached();
-    while (!turn->finished()) EXPECT_TRUE(turn->Step(24));
+    while (turn->Step(24) && !turn->finished()) {
+    }
+    EXPECT_TRUE(turn->finished());
     turn->Commit();
     gpu_->Synchronize();
     EXPECT_EQ(wrong_, 0u);
@@ -158,7 +174,38 @@ TEST_F(GpuStoreTest, HistoryComesBackFromEveryTier) {
   store_->DropTier(Tier::kDevice);
   store_->DropTier(Tier::kDram);
   EXPECT_GE(From(Play(tokens + MakeTokens(9, 7)), Tier::kSsd), 5 * kBlock);
+  EXPECT_EQ(store_->stats().checksum_failures, 0u);
   EXPECT_TRUE(store_->Close().ok());
+}
+
+// Blocks, whole ones and a tail, that were saved wrong: the disk's copy is none.
+TEST_F(GpuStoreTest, WhatWasNotComputedIsNotSealedIn) {
+  for (const bool encrypt : {false, true}) {
+    SCOPED_TRACE(encrypt);
+    store_.reset();
+    std::filesystem::remove_all(dir_ / "kv");
+    Open({.dram = 32, .ssd = 64, .device = 16}, true, 1, encrypt);
+    for (const uint32_t length : {2 * kBlock, 7u}) {
+      const Tokens tokens = MakeTokens(length, 10 + length);
+      store_->Flush();
+      gpu_->spoil_next_save_ = true;
+      (void)Play(tokens);
+      store_->Flush();
+      EXPECT_FALSE(gpu_->spoil_next_save_);
+      store_->DropTier(Tier::kDevice);
+      store_->DropTier(Tier::kDram);
+      const uint64_t before = store_->stats().checksum_failures;
+      {
+        const auto turn = NewTurn(tokens + MakeTokens(3, 4));
+        ASSERT_TRUE(turn->Begin());
+        EXPECT_EQ(From(turn->cached(), Tier::kSsd), length);
+        EXPECT_FALSE(turn->WaitForAll().ok());
+      }
+      EXPECT_GT(store_->stats().checksum_failures, before);
+      EXPECT_LT(Play(tokens + MakeTokens(3, 4)).total, length);
+    }
+    EXPECT_TRUE(store_->Close().ok());
+  }
 }
 
 TEST_F(GpuStoreTest, TheDramSlabIsPinnedInTheBackground) {
@@ -223,6 +270,7 @@ TEST_P(GpuStoreTest, NothingOvertakes) {
   for (uint32_t tokens : from) EXPECT_GT(tokens, 0u);
   EXPECT_GT(gpu_->compute_waits(), 0u);  // the host did run ahead
   EXPECT_GT(gpu_->save_waits(), 0u);
+  EXPECT_EQ(store_->stats().checksum_failures, 0u);
   EXPECT_TRUE(store_->Close().ok());
 }
 INSTANTIATE_TEST_SUITE_P(Seeds, GpuStoreTest, ::testing::Range<uint64_t>(1, 37));

@@ -102,7 +102,7 @@ TEST(ModelSsdTest, OneDeviceInOrder) {
   ModelSsd ssd({.read_bytes_s = 1e9, .write_bytes_s = 5e8, .latency_s = 1e-3}, 4, 1000, &clock);
   BlockHeader header;
   header.num_tokens = 16;  // 16,000 bytes: 16 us to read, 32 us to write
-  ssd.StartWrite(0, header, nullptr, 1);
+  ssd.StartWrite(0, header, false, nullptr, 1);
   ssd.StartRead(1, header, 0, 1, nullptr, 2);
   std::vector<SsdCompletion> done;
   ssd.Poll(&done, 0);

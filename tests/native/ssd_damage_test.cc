@@ -43,7 +43,7 @@ TEST(SsdFormat, AnyFlippedBitOfAHeaderIsFound) {
   const Uuid uuid = {1, 2, 3};
   HostSlot host;
   host.Fill(SmallLayout(), 1);
-  SealBlock(uuid, SmallLayout(), 5, HeaderOfBlock(1), host.data());
+  SealBlock(uuid, SmallLayout(), 5, HeaderOfBlock(1), false, host.data());
   auto& page = *reinterpret_cast<BlockPage*>(host.data());
   ASSERT_TRUE(CheckBlockPage(uuid, SmallLayout(), 5, page).ok());
   EXPECT_TRUE(HeaderOf(page) == HeaderOfBlock(1));
@@ -69,15 +69,14 @@ TEST(SsdFormat, AnyFlippedBitOfASuperblockIsFound) {
   }
 }
 
-TEST(SsdFormat, SumsDependOnStoreKeyAndLayer) {
-  HostSlot host;
-  host.Fill(SmallLayout(), 1);
-  const std::span<const std::byte> slice(host.data() + kPage, SmallLayout().slice_bytes());
-  const SliceSeal sum = SliceSum({1}, HeaderOfBlock(1).key, 0, slice);
-  EXPECT_EQ(sum, SliceSum({1}, HeaderOfBlock(1).key, 0, slice));
-  EXPECT_NE(sum, SliceSum({2}, HeaderOfBlock(1).key, 0, slice));
-  EXPECT_NE(sum, SliceSum({1}, HeaderOfBlock(2).key, 0, slice));
-  EXPECT_NE(sum, SliceSum({1}, HeaderOfBlock(1).key, 1, slice));
+TEST(SsdFormat, SealsDependOnSumStoreKeyAndLayer) {
+  const BlockKey key = HeaderOfBlock(1).key;
+  const SliceSeal seal = SealOf({1}, key, 0, {5});
+  EXPECT_EQ(seal, SealOf({1}, key, 0, {5}));
+  EXPECT_NE(seal, SealOf({1}, key, 0, {6}));
+  EXPECT_NE(seal, SealOf({2}, key, 0, {5}));
+  EXPECT_NE(seal, SealOf({1}, HeaderOfBlock(2).key, 0, {5}));
+  EXPECT_NE(seal, SealOf({1}, key, 1, {5}));
 }
 
 TEST_F(SsdDamageTest, AFlippedHeaderByteDropsTheBlock) {

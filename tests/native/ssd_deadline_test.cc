@@ -71,7 +71,7 @@ TEST_F(SsdDeadlineTest, ALateWriteMaySucceedAfterAll) {
   plan_.Add({.op = IoOp::kWrite, .kind = FaultKind::kHold});
   HostSlot host;
   host.Fill(SmallLayout(), 2);
-  tier_->StartWrite(2, HeaderOfBlock(2), host.data(), 5);
+  tier_->StartWrite(2, HeaderOfBlock(2), false, host.data(), 5);
   PassDeadline();
   ASSERT_TRUE(Poll().at(0).late);
   EXPECT_TRUE(ReleaseAndPoll().at(0).status.ok());
@@ -107,7 +107,7 @@ TEST_F(SsdDeadlineTest, WhatTheDiskNeverGotIsNotLate) {
   HostSlot host[5];
   for (uint32_t i = 0; i <= depth; ++i) {
     host[i].Fill(SmallLayout(), i);
-    tier_->StartWrite(i, HeaderOfBlock(i), host[i].data(), i);
+    tier_->StartWrite(i, HeaderOfBlock(i), false, host[i].data(), i);
   }
   PassDeadline();
   const auto finished = Poll();
@@ -129,7 +129,7 @@ TEST_F(SsdDeadlineTest, ACallerThatWasAwayLosesNothing) {
   const uint32_t most = 2 * options_.io.depth;
   for (uint32_t i = 0; i < most; ++i) {
     host[i].Fill(SmallLayout(), i);
-    tier_->StartWrite(i, HeaderOfBlock(i), host[i].data(), i);
+    tier_->StartWrite(i, HeaderOfBlock(i), false, host[i].data(), i);
   }
   std::this_thread::sleep_for(std::chrono::milliseconds(500));  // the disk has done its half
   PassDeadline();

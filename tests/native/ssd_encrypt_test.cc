@@ -47,7 +47,7 @@ class SsdEncryptTest : public ::testing::Test {
     HostSlot host, before;
     host.Fill(kLayout, header.depth);
     before.Fill(kLayout, header.depth);
-    tier->StartWrite(slot, header, host.data(), 1);
+    tier->StartWrite(slot, header, false, host.data(), 1);
     EXPECT_EQ(std::memcmp(host.data(), before.data(), host.size()), 0) << "DRAM stays plain";
     return Drain(tier).at(0).status;
   }
@@ -133,7 +133,7 @@ TEST_F(SsdEncryptTest, NoPlainByteRunIsInAnyFile) {
   for (uint64_t i = kPage; i < host.size(); ++i) {
     host.data()[i] = static_cast<std::byte>(marker[i % marker.size()]);
   }
-  tier->StartWrite(0, Header(tier.get(), 0), host.data(), 1);
+  tier->StartWrite(0, Header(tier.get(), 0), false, host.data(), 1);
   ASSERT_TRUE(Drain(tier.get()).at(0).status.ok());
   tier.reset();
   uint32_t files = 0;

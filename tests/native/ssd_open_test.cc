@@ -65,13 +65,15 @@ TEST(SsdOpen, RefusesAnotherFormatVersion) {
   MustOpen(options).reset();
   auto pages = ReadRaw<std::array<Superblock, 2>>(BlocksFile(options.directory), 0);
   for (Superblock& superblock : pages) {
-    superblock.version = 2;
+    superblock.version = kSsdVersion + 1;
     Seal(&superblock);
   }
   WriteRaw(BlocksFile(options.directory), 0, pages);
   const Status status = SsdTier::Open(options).status();
   EXPECT_EQ(status.code(), Code::kMismatch);
-  EXPECT_TRUE(Has(status, "format version 2, this build reads version 1")) << status.message();
+  EXPECT_TRUE(Has(status, "format version " + std::to_string(kSsdVersion + 1) +
+                              ", this build reads version " + std::to_string(kSsdVersion)))
+      << status.message();
 }
 
 TEST(SsdOpen, RefusesAFileThatIsNoStore) {

@@ -149,7 +149,7 @@ TEST_P(SsdTierTest, TakesTwiceItsDepth) {
   for (uint32_t i = 0; i < most; ++i) {
     ASSERT_TRUE(tier_->can_submit());
     host[i].Fill(SmallLayout(), i);
-    tier_->StartWrite(i, HeaderOfBlock(i), host[i].data(), i);
+    tier_->StartWrite(i, HeaderOfBlock(i), false, host[i].data(), i);
   }
   EXPECT_FALSE(tier_->can_submit());
   EXPECT_EQ(tier_->in_flight(), most);

@@ -25,18 +25,22 @@ endmacro()
 # ---- sums ----
 
 store_mutant(no_payload_sum tier/ssd_format.cc ssd_damage_test *AFlippedPayloadByteIsFound*
-  [=[ != page.seals[layer]) {]=]
-  [=[ != page.seals[layer] && page.version == 0) {]=])
-store_mutant(sum_of_half tier/ssd_format.cc ssd_damage_test *AFlippedPayloadByteIsFound*
-  [=[slice.data(), slice.size(), seed)]=]
-  [=[slice.data(), slice.size() / 2, seed)]=])
-store_mutant(sum_without_key tier/ssd_format.cc ssd_damage_test *SumsDependOnStoreKeyAndLayer
+  [=[ == page.seals[layer];]=]
+  [=[ == page.seals[layer] || page.version != 0;]=])
+store_mutant(sum_of_half base/slice_sum.cc ssd_damage_test *AFlippedPayloadByteIsFound*
+  [=[SliceSum SumOfSlice(std::span<const std::byte> slice) {]=]
+  [=[SliceSum SumOfSlice(std::span<const std::byte> slice) {
+  slice = slice.first(slice.size() / 2);]=])
+store_mutant(sum_of_other_bytes tier/ssd_format.cc ssd_damage_test *SealsDependOnSum*
+  [=[XXH3_128bits_withSeed(sum.data(), sum.size(), seed)]=]
+  [=[XXH3_128bits_withSeed(sum.data(), 0 * sum.size(), seed)]=])
+store_mutant(sum_without_key tier/ssd_format.cc ssd_damage_test *SealsDependOnSumStoreKeyAndLayer
   [=[place = {uuid, key.bytes, layer};]=]
   [=[place = {uuid, {}, layer + 0 * key.bytes[0]};]=])
-store_mutant(sum_without_layer tier/ssd_format.cc ssd_damage_test *SumsDependOnStoreKeyAndLayer
+store_mutant(sum_without_layer tier/ssd_format.cc ssd_damage_test *SealsDependOnSumStoreKeyAndLayer
   [=[place = {uuid, key.bytes, layer};]=]
   [=[place = {uuid, key.bytes, 0 * layer};]=])
-store_mutant(sum_without_store tier/ssd_format.cc ssd_damage_test *SumsDependOnStoreKeyAndLayer
+store_mutant(sum_without_store tier/ssd_format.cc ssd_damage_test *SealsDependOnSumStoreKeyAndLayer
   [=[place = {uuid, key.bytes, layer};]=]
   [=[place = {{}, key.bytes, layer + 0 * uuid[0]};]=])
 store_mutant(no_header_sum tier/ssd_format.cc ssd_damage_test *AnyFlippedBitOfAHeaderIsFound
@@ -154,8 +158,8 @@ sim_mutant(not_pinned store/directory.cc honest
   [=[    Change(block.get(), tier, [](Copy* c) { c->pins = 1; });]=]
   [=[    copy.pins = 1;]=])
 sim_mutant(no_payload_sum_sim tier/ssd_format.cc hostile
-  [=[ != page.seals[layer]) {]=]
-  [=[ != page.seals[layer] && page.version == 0) {]=])
+  [=[ == page.seals[layer];]=]
+  [=[ == page.seals[layer] || page.version != 0;]=])
 sim_mutant(given_up_save_reads_on store/sequence.cc honest
   [=[if (entry.pin) entry.save->source = std::move(entry.pin);]=]
   [=[]=])
@@ -177,3 +181,15 @@ store_mutant(place_given_too_early store/sequence.cc gpu_store_test *NothingOver
 store_mutant(layer_not_awaited_gpu store/preload.cc gpu_store_test *NothingOvertakes*
   [=[OrderComputeAfter(fill->load_tags[layer])]=]
   [=[OrderComputeAfter(fill->load_tags[0])]=])
+store_mutant(sum_not_awaited copy/gpu_copy_engine.cc gpu_store_test *NothingOvertakes*
+  [=[      if (!batch.leaf_sums.empty()) gpu_->Sum(copies, batch.leaf_sums);
+      if (stream == CopyStream::kSave || places_changed_) {
+        const Gpu::Mark computed = gpu_->Record(Gpu::Queue::kCompute);]=]
+  [=[      if (stream == CopyStream::kSave || places_changed_) {
+        const Gpu::Mark computed = gpu_->Record(Gpu::Queue::kCompute);
+        if (!batch.leaf_sums.empty()) gpu_->Sum(copies, batch.leaf_sums);]=])
+store_mutant(sum_of_the_copy store/write_behind.cc gpu_store_test *WhatWasNotComputed*
+  [=[block->copy(Tier::kDram).sealed,]=]
+  [=[false,]=])
+store_mutant(sum_of_the_copy_encrypted tier/block_cipher.cc gpu_store_test *WhatWasNotComputed*
+  [=[      page.seals[aad.layer] = {};]=] "")

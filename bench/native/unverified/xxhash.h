@@ -10,4 +10,5 @@ struct XXH128_hash_t {
 
 inline uint64_t XXH3_64bits(const void*, size_t) { return 0; }
 inline uint64_t XXH3_64bits_withSeed(const void*, size_t, uint64_t) { return 0; }
+inline uint64_t XXH3_64bits_withSecret(const void*, size_t, const void*, size_t) { return 0; }
 inline XXH128_hash_t XXH3_128bits_withSeed(const void*, size_t, uint64_t) { return {0, 0}; }

@@ -11,6 +11,7 @@
 #include <functional>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "csrc/base/check.h"
@@ -53,6 +54,7 @@ class FakeGpu final : public Gpu {
     if (!memory.ok()) return memory.status();
     return std::unique_ptr<Slab>(std::make_unique<DeviceSlab>(this, std::move(memory.value())));
   }
+  Result<std::unique_ptr<Slab>> AllocateHost(uint64_t bytes) override { return MapHostSlab(bytes); }
   Status Pin(std::span<std::byte> host) override {
     if (fail_pin_after_ == 0) return Status(Code::kExhausted, "cannot pin more");
     --fail_pin_after_;
@@ -64,8 +66,17 @@ class FakeGpu final : public Gpu {
 
   void Copy(Queue queue, std::span<const CopyRequest> copies) override {
     std::vector<CopyRequest> batch(copies.begin(), copies.end());
-    Push(&LaneOf(queue), [batch = std::move(batch)] {
+    const bool spoil = queue == Queue::kSave && std::exchange(spoil_next_save_, false);
+    Push(&LaneOf(queue), [batch = std::move(batch), spoil] {
       for (const CopyRequest& copy : batch) std::memcpy(copy.target, copy.source, copy.size);
+      if (spoil) *batch.front().target ^= std::byte{1};
+    });
+  }
+  void Sum(std::span<const CopyRequest> copies, std::span<uint64_t* const> leaf_sums) override {
+    std::vector<CopyRequest> batch(copies.begin(), copies.end());
+    std::vector<uint64_t*> sums(leaf_sums.begin(), leaf_sums.end());
+    Push(&LaneOf(Queue::kCompute), [batch = std::move(batch), sums = std::move(sums)] {
+      for (size_t i = 0; i < batch.size(); ++i) SumLeaves(batch[i], sums[i]);
     });
   }
   Mark Record(Queue queue) override {
@@ -92,6 +103,7 @@ class FakeGpu final : public Gpu {
   void Forget(Mark mark) override { free_marks_.push_back(mark); }
 
   uint32_t fail_pin_after_ = UINT32_MAX;  // parts
+  bool spoil_next_save_ = false;  // it brings other bytes than were computed, as an early one does
   std::atomic<uint64_t> pinned_ = 0;
 
  private:
@@ -122,6 +134,19 @@ class FakeGpu final : public Gpu {
     FakeGpu* const gpu_;
     const std::unique_ptr<Slab> memory_;
   };
+
+  static void SumLeaves(const CopyRequest& copy, uint64_t* sums) {
+    const SumRows& rows = copy.rows;
+    std::vector<std::byte> slice(copy.source, copy.source + rows.size);
+    for (uint64_t row = 0; row < rows.size; row += rows.row_bytes) {
+      std::memset(slice.data() + row + rows.used_bytes, 0, rows.row_bytes - rows.used_bytes);
+    }
+    for (std::span<const std::byte> left = slice; !left.empty();) {
+      const auto leaf = left.first(std::min<uint64_t>(left.size(), kLeafBytes));
+      *sums++ = LeafSum(leaf);
+      left = left.subspan(leaf.size());
+    }
+  }
 
   Lane& LaneOf(Queue queue) { return lanes_[static_cast<int>(queue)]; }
   const Lane& LaneOf(Queue queue) const { return lanes_[static_cast<int>(queue)]; }

@@ -90,7 +90,7 @@ inline std::vector<SsdCompletion> Drain(SsdTier* tier) {
 inline Status WriteBlock(SsdTier* tier, SlotId slot, uint32_t number, uint64_t generation = 1) {
   HostSlot host;
   host.Fill(SmallLayout(), number);
-  tier->StartWrite(slot, HeaderOfBlock(number, generation), host.data(), 1);
+  tier->StartWrite(slot, HeaderOfBlock(number, generation), false, host.data(), 1);
   return Drain(tier).at(0).status;
 }
 
