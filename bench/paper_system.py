@@ -54,7 +54,8 @@ def preload_table(rows: list[Row]) -> list[str]:
     """A line a way of loading."""
     about = "{history:,} tokens of history, {new} new, batch {batch}".format_map(rows[0])
     lines = [
-        f"| {about} | TTFT, s | to NO-PL, % | to the floor, x | two streams, s | the paper, % |",
+        f"| {about} | TTFT, s | to NO-PL, % | to the floor, x | two streams, s "
+        "| the paper (1K, 100 new, batch 16), % |",
         "| --- |" + " ---: |" * 5,
     ]
     for row in rows:
@@ -74,14 +75,16 @@ def save_table(rows: list[Row]) -> list[str]:
     """A line a length and way of saving."""
     about = "{steps} decode steps, batch {batch}".format_map(rows[0])
     lines = [
-        f"| {about} | prompt | s | left, s | to wait, % | to nothing, x | the paper, % |",
-        "| --- |" + " ---: |" * 6,
+        f"| {about} | prompt | s | waited, s | left, s | to wait, % | to nothing, x "
+        "| the paper (batch 16), % |",
+        "| --- |" + " ---: |" * 7,
     ]
     for row in rows:
         values = [
             row["way"],
             f"{row['prompt']:,}",
             f"{row['seconds']:.3f}",
+            f"{row['waited_s']:.4f}",
             f"{row['left_s']:.4f}",
             f"{100 * (row['to_wait'] - 1):+.1f}",
             f"{row['to_nothing']:.3f}",
