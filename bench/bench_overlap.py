@@ -15,8 +15,8 @@ DRAM, until all of them have their first token.
 
 Save (section 3.2.2): prompts of several lengths and some decode steps, in new conversations.
 
-    wait        each step waits for its saves, `waited_s` in all: what saving can cost here
-    async       saves run on; `left_s` is what is left of them at the end
+    wait        saves begin when a step is computed and are waited for, `waited_s` in all
+    async       layer by layer under the step and later ones; `left_s` is what is left at the end
     nothing     all of it is in DRAM already: what no way of saving can be faster than
 
 Without a GPU the device pool is memory of this process, and its streams are threads, which take
@@ -148,7 +148,7 @@ def save(engine: Engine, way: str, prompts: list[list[int]], steps: int) -> Tria
     store.drop_tier("device")
     if way != "nothing":
         store.drop_tier("dram")
-    store.needs_layer_done = way != "nothing"
+    store.needs_layer_done = way == "async"  # else what is to be saved is when a step ends
     saved = store.stats()["bytes_saved"]
     requests = add_all(engine, prompts, steps + 1)
     waited_s = 0.0
