@@ -32,20 +32,18 @@ import json
 import math
 import random
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from models import add_options, load_model
 
-from cachedattn.cli_common import find_model, progress_bar
-from cachedattn.config import KvLayout, ModelConfig, RopeConfig, StoreConfig, parse_size
+from cachedattn.config import KvLayout, StoreConfig, parse_size
 from cachedattn.cost import PAPER_PRICES, cost
 from cachedattn.engine import Engine
 from cachedattn.model import CausalLM
@@ -54,13 +52,7 @@ from cachedattn.sampling import SamplingParams
 from cachedattn.store import AttentionStore
 
 MODES = ("recompute", "overflow", "wait", "preload", "buffer", "store")
-# hidden, intermediate, layers, heads, KV heads, vocabulary: random weights of real shapes.
-SHAPES = {
-    "llama-8b": (4096, 14336, 32, 32, 8, 128256),
-    "llama-13b": (5120, 13824, 40, 40, 40, 32000),
-    "llama-70b-8-layers": (8192, 28672, 8, 64, 8, 32000),
-    "tiny": (256, 512, 4, 4, 2, 2000),
-}
+STEP_TOKENS = 512  # computed in a step at most
 
 
 @dataclass
@@ -155,7 +147,7 @@ class Player:
             out.append(conversation)
         return out
 
-    def play(self, conversations: list[Conversation], bar: Any, task: Any) -> None:
+    def play(self, conversations: list[Conversation], advance: Callable[[], None]) -> None:
         begin = time.perf_counter()
         due = [(c.arrival_s, i, c) for i, c in enumerate(conversations)]
         heapq.heapify(due)
@@ -167,7 +159,7 @@ class Player:
                 time.sleep(max(0.0, due[0][0] - now))
                 continue
             for conversation in self.step():
-                bar.advance(task)
+                advance()
                 if conversation.done < len(conversation.turns):
                     back = time.perf_counter() - begin + conversation.think_s[conversation.done]
                     heapq.heappush(due, (back, id(conversation), conversation))
@@ -198,58 +190,18 @@ class Player:
         }
 
 
-def random_model(shape: str, window: int, dtype: str, device: str) -> CausalLM:
-    hidden, inner, layers, heads, kv_heads, vocab = SHAPES[shape]
-    head_dim = hidden // heads
-    config = ModelConfig(
-        architecture="llama",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rms_eps=1e-5,
-        max_positions=window,
-        rope=RopeConfig(rotary_dim=head_dim),
-    )
-    torch.manual_seed(0)
-
-    def weight(*size: int) -> torch.Tensor:
-        return torch.randn(size, dtype=getattr(torch, dtype), device=device) * 0.02
-
-    names = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
-    weights = {"model.embed_tokens.weight": weight(vocab, hidden)}
-    weights |= {"lm_head.weight": weight(vocab, hidden), "model.norm.weight": weight(hidden) + 1}
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        for name, rows in names.items():
-            weights[f"{prefix}self_attn.{name}_proj.weight"] = weight(rows, hidden)
-        weights[f"{prefix}self_attn.o_proj.weight"] = weight(hidden, heads * head_dim)
-        for name in ("gate", "up"):
-            weights[f"{prefix}mlp.{name}_proj.weight"] = weight(inner, hidden)
-        weights[f"{prefix}mlp.down_proj.weight"] = weight(hidden, inner)
-        for name in ("input", "post_attention"):
-            weights[f"{prefix}{name}_layernorm.weight"] = weight(hidden) + 1
-    return CausalLM(config, weights, window)
-
-
-def layout_of(model: CausalLM, dtype: str) -> KvLayout:
-    config = model.config
-    identity = bytes(31) + b"\1"
-    return KvLayout(config.num_layers, config.num_kv_heads, config.head_dim, dtype, identity)
-
-
 @contextmanager
 def engine_for(
     mode: str, model: CausalLM, layout: KvLayout, args: argparse.Namespace
 ) -> Iterator[Engine]:
     """An engine of its own for the mode, with an empty store."""
+    pool: int | str = args.pool
+    if args.device != "cpu" and parse_size(pool) == 0:
+        pool = model.pool_bytes(STEP_TOKENS)
     with tempfile.TemporaryDirectory(dir=".", prefix="cachedattn-bench-") as folder:
         config = StoreConfig(
             dram=args.dram,
-            device=args.pool,
+            device=pool,
             **({} if mode == "recompute" else {"ssd": args.ssd, "path": folder + "/store"}),
             policy=args.policy,
         )
@@ -262,6 +214,7 @@ def engine_for(
                 max_model_len=args.window,
                 reuse=mode != "recompute",
                 max_num_seqs=args.slots,
+                max_step_tokens=STEP_TOKENS,
             )
             if mode == "wait":
                 engine.runner = WaitFirst(engine.runner)
@@ -271,26 +224,12 @@ def engine_for(
             engine.close()
 
 
-def load_model(args: argparse.Namespace) -> tuple[CausalLM, KvLayout, str]:
-    if args.shape:
-        model = random_model(args.shape, args.window, args.dtype, args.device)
-        return model, layout_of(model, args.dtype), f"{args.shape}, random weights"
-    path = find_model(args.model)
-    on = {} if args.device == "cpu" else {"device": args.device}
-    with Engine.from_pretrained(path, dtype=args.dtype, max_model_len=args.window, **on) as engine:
-        return engine.model, engine.store.layout, path.stem
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_options(parser)
     add = parser.add_argument
-    add("--model", type=Path, help="Hugging Face directory or GGUF file (default: the demo's)")
-    add("--shape", choices=SHAPES, help="random weights of this shape instead")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
-    add("--dtype", default="bfloat16")
-    add("--threads", type=int, help="of the CPU")
     add("--modes", default=",".join(MODES), help="with commas, in this order")
     add("--conversations", type=int, default=40)
     add("--rate", type=float, default=1.0, help="new conversations a second")
@@ -300,7 +239,7 @@ def parse_args() -> argparse.Namespace:
     add("--answer", type=float, default=60, help="mean tokens of an answer")
     add("--window", type=int, default=2048, help="tokens at which a context overflows")
     add("--slots", type=int, default=16, help="conversations computed at a time")
-    add("--pool", default="0", help="device pool; 0 on the CPU: none")
+    add("--pool", default="0", help="device pool; 0: none; on CUDA what is free")
     add("--dram", default="1GiB")
     add("--ssd", default="8GiB")
     add("--policy", default="hazard")
@@ -315,7 +254,23 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+@contextmanager
+def progress(mode: str, total: int, shown: bool) -> Iterator[Callable[[], None]]:
+    """What is called behind each turn. rich is needed only where its bar is shown."""
+    if not shown:
+        yield lambda: None
+        return
+    from cachedattn.cli_common import progress_bar
+
+    with progress_bar() as bar:
+        task = bar.add_task(mode, total=total)
+        yield lambda: bar.advance(task)
+
+
 def print_table(rows: list[dict[str, Any]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title)
     for name in ("mode", "turns", "hit", "TTFT mean", "p50", "p99", "prompt tok/s", "busy s"):
         table.add_column(name, justify="left" if name == "mode" else "right")
@@ -328,20 +283,21 @@ def print_table(rows: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model, layout, name = load_model(args)
+    model, layout, name = load_model(args, args.window)
+    shown = not args.json and sys.stderr.isatty()
     rows = []
-    with progress_bar() as bar:
-        for mode in args.modes:
-            conversations = draw(args)
-            task = bar.add_task(mode, total=sum(len(c.turns) for c in conversations))
-            with engine_for(mode, model, layout, args) as engine:
-                player = Player(engine, mode, args)
-                player.play(conversations, bar, task)
-            rows.append({"model": name, "device": args.device, **player.row()})
-            if args.json:
-                print(json.dumps(rows[-1]), flush=True)
+    for mode in args.modes:
+        conversations = draw(args)
+        total = sum(len(c.turns) for c in conversations)
+        with (
+            progress(mode, total, shown) as advance,
+            engine_for(mode, model, layout, args) as engine,
+        ):
+            player = Player(engine, mode, args)
+            player.play(conversations, advance)
+        rows.append({"model": name, "device": args.device, **player.row()})
+        if args.json:
+            print(json.dumps(rows[-1]), flush=True)
     if not args.json:
         print_table(rows, f"{name}, {args.conversations} conversations, seed {args.seed}")
 

@@ -1,5 +1,5 @@
-"""Markdown of what bench_multiturn.py --json printed, beside the paper's numbers:
-bench/paper_system.py RESULTS.jsonl"""
+"""Markdown of what bench_multiturn.py and bench_overlap.py printed with --json, beside the paper's
+numbers: bench/paper_system.py RESULTS.jsonl .."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ PAPER = {
     "LLaMA-70B": (-87, 7.8, 89),
     "Falcon-40B": (-86, 7.2, 90),
 }
+
+# Sections 3.2 and 4.3, LLaMA-13B on one A100, batch 16: against no preload, against waiting saves.
+PAPER_PRELOAD = {"PL-B0": "-35", "PL-B15": "-61"}
+PAPER_SAVE = {"async": "-13 to -15"}
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -46,19 +50,74 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path)
-    args = parser.parse_args()
-    rows = [json.loads(line) for line in args.results.read_text(encoding="utf-8").splitlines()]
+def preload_table(rows: list[Row]) -> list[str]:
+    """A line a way of loading."""
+    about = "{history:,} tokens of history, {new} new, batch {batch}".format_map(rows[0])
+    lines = [
+        f"| {about} | TTFT, s | to NO-PL, % | to the floor, x | two streams, s "
+        "| the paper (1K, 100 new, batch 16), % |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    for row in rows:
+        values = [
+            row["way"],
+            f"{row['ttft_s']:.4f}",
+            f"{100 * (row['to_no_preload'] - 1):+.1f}",
+            f"{row['to_floor']:.3f}",
+            f"{row['model_s']:.4f}" if "model_s" in row else "-",
+            PAPER_PRELOAD.get(row["way"], "-"),
+        ]
+        lines.append("| " + " | ".join(values) + " |")
+    return lines
+
+
+def save_table(rows: list[Row]) -> list[str]:
+    """A line a length and way of saving."""
+    about = "{steps} decode steps, batch {batch}".format_map(rows[0])
+    lines = [
+        f"| {about} | prompt | s | waited, s | left, s | to wait, % | to nothing, x "
+        "| the paper (batch 16), % |",
+        "| --- |" + " ---: |" * 7,
+    ]
+    for row in rows:
+        values = [
+            row["way"],
+            f"{row['prompt']:,}",
+            f"{row['seconds']:.3f}",
+            f"{row['waited_s']:.4f}",
+            f"{row['left_s']:.4f}",
+            f"{100 * (row['to_wait'] - 1):+.1f}",
+            f"{row['to_nothing']:.3f}",
+            PAPER_SAVE.get(row["way"], "-"),
+        ]
+        lines.append("| " + " | ".join(values) + " |")
+    return lines
+
+
+TABLES = {"system": table, "preload": preload_table, "save": save_table}
+
+
+def print_paper() -> None:
     print("| the paper, 4 x A100 | TTFT, % | prompt tokens/s, x | turns with a hit, % |")
     print("| --- | ---: | ---: | ---: |")
     for model, (ttft, rate, hits) in PAPER.items():
         print(f"| {model} | {ttft} | {rate} | {hits} |")
-    for model, device in dict.fromkeys((row["model"], row["device"]) for row in rows):
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, nargs="+")
+    args = parser.parse_args()
+    lines = [line for path in args.results for line in path.read_text("utf-8").splitlines()]
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in map(json.loads, lines):
+        key = row["model"], row["device"], row.get("part", "system")
+        groups.setdefault(key, []).append(row)
+    if any(part == "system" for _, _, part in groups):
+        print_paper()
+    for (model, device, part), rows in groups.items():
         print(f"\n{model} on {device}:\n")
-        own = [row for row in rows if (row["model"], row["device"]) == (model, device)]
-        print("\n".join(table(own)))
+        print("\n".join(TABLES[part](rows)))
 
 
 if __name__ == "__main__":

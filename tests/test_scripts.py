@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -137,10 +138,14 @@ def test_gpu_check_goes_on_after_a_failed_step(tmp_path: Path) -> None:
     python.chmod(0o755)
     answer = gpu_check(python, tmp_path)
     lines = (tmp_path / "results" / "summary.txt").read_text().splitlines()
-    steps = "install machine smoke tests engine memcheck racecheck synccheck bench"
+    steps = "install machine smoke tests engine memcheck racecheck synccheck"
+    steps += " bench overlap multiturn"
     assert answer.returncode == 1 and [line.split()[0] for line in lines] == steps.split()
     assert [line.split()[0] for line in lines if "FAILED (3)" in line] == [
         "tests",
         "engine",
     ]
-    assert (tmp_path / "results" / "bench.jsonl").read_text() == "{}\n"
+    for name in ("bench", "overlap", "multiturn"):
+        assert (tmp_path / "results" / f"{name}.jsonl").read_text() == "{}\n"
+    limits = [int(seconds) for seconds in re.findall(r"\(at most (\d+) s\)", answer.stdout)]
+    assert len(limits) == len(lines) and sum(limits) <= 510  # of 540
