@@ -19,6 +19,15 @@ Save (section 3.2.2): prompts of several lengths and some decode steps, in new c
     async       layer by layer under the step and later ones; `left_s` is what is left at the end
     nothing     all of it is in DRAM already: what no way of saving can be faster than
 
+Link: bytes a second from DRAM to the device, nothing else to do but matrix products on a GPU.
+
+    plain       as many bytes of pinned memory, in pieces of a layer slice, one stream: the limit
+    store       the history of the batch, as NO-PL loads it
+    .. busy     the same while matrix products run; `products_s` is what these took. Copies that
+                take multiprocessors from them make that longer than without copies (`products`)
+
+Sums, on a GPU: of the time of all kernels of a prefill, that of the sums of what is saved.
+
 Without a GPU the device pool is memory of this process, and its streams are threads, which take
 their time from the cores that compute. A block is saved when it is full, not token by token.
 
@@ -32,14 +41,16 @@ import argparse
 import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from layer_times import Machine, with_preload
+from layer_times import two_streams
 from models import add_options, load_model
+from torch.profiler import ProfilerActivity, profile
 
 from cachedattn.batch import Batch
 from cachedattn.config import KvLayout, StoreConfig
@@ -53,6 +64,9 @@ BLOCK = 64
 BUFFERS = {"PL-B0": 0, "PL-B5": 5, "PL-B10": 10, "PL-B15": 15}
 PRELOADS = ("recompute", "NO-PL", *BUFFERS, "floor")
 SAVES = ("wait", "async", "nothing")
+LINKS = ("plain", "store")
+BUSY_LINKS = (*LINKS, "products", "plain busy", "store busy")  # on a GPU
+PRODUCTS, PRODUCT_SIZE = 64, 8192  # some 100 ms of an H100
 STEP_TOKENS = 2048  # computed in a step at most; a preload's new tokens are one step in any case
 
 Trial = dict[str, float]
@@ -76,13 +90,15 @@ class WaitFirst:
 
 @contextmanager
 def engine_for(
-    model: CausalLM, layout: KvLayout, batch: int, context: int, step_tokens: int
+    model: CausalLM, layout: KvLayout, batch: int, context: int, step_tokens: int, path: str = ""
 ) -> Iterator[Engine]:
     """An engine for batches of such contexts: the device pool holds one, DRAM two, in whole
-    blocks with the padding of their slots."""
+    blocks with the padding of their slots; the SSD tier in `path`, if that is named, two."""
     blocks = batch * (-(-context // BLOCK) + 1)
     slot = BLOCK * layout.bytes_per_token + 4096 * (layout.num_layers + 1)
-    config = StoreConfig(device=blocks * slot, dram=2 * blocks * slot, load="always")
+    dram = 2 * blocks * slot
+    ssd = dram + 2**26 if path else 0
+    config = StoreConfig(device=blocks * slot, dram=dram, ssd=ssd, path=path, load="always")
     with AttentionStore(config, layout, device=model.device) as store:
         engine = Engine(
             model,
@@ -173,6 +189,57 @@ def drain_s(store: AttentionStore) -> float:
     return time.perf_counter() - begin
 
 
+class Link:
+    """Trials of the ways to move a batch's history from DRAM to the device."""
+
+    def __init__(self, engine: Engine, prompts: list[list[int]], history: int) -> None:
+        self.engine, self.prompts, self.history = engine, prompts, history
+        layout, device = engine.store.layout, engine.store.device
+        slices = len(prompts) * history // BLOCK * layout.num_layers
+        size = layout.bytes_per_token * BLOCK // layout.num_layers
+        self.gpu = device.type == "cuda"
+        self.host = torch.ones(slices, size, dtype=torch.uint8, pin_memory=self.gpu)
+        self.device = torch.zeros(slices, size, dtype=torch.uint8, device=device)
+        if self.gpu:
+            self.stream = torch.cuda.Stream(device)
+            self.factor = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=device).bfloat16()
+            self.product = torch.empty_like(self.factor)
+
+    def copy_plainly(self) -> Trial:
+        begin = time.perf_counter()
+        if not self.gpu:
+            self.device.copy_(self.host)
+        else:
+            with torch.cuda.stream(self.stream):
+                for source, target in zip(self.host, self.device, strict=True):
+                    target.copy_(source, non_blocking=True)
+            self.stream.synchronize()
+        return {"gb_s": 1e-9 * self.host.numel() / (time.perf_counter() - begin)}
+
+    def load(self) -> Trial:
+        before = self.engine.store.stats()
+        preload(self.engine, "NO-PL", self.prompts, self.history)
+        after = self.engine.store.stats()
+        loaded, loading_s = (after[k] - before[k] for k in ("bytes_loaded", "loading_s"))
+        return {"gb_s": 1e-9 * loaded / loading_s}
+
+    def trial(self, way: str) -> Trial:
+        products = way not in LINKS
+        if products:
+            times = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            times[0].record()
+            for _ in range(PRODUCTS):
+                torch.mm(self.factor, self.factor, out=self.product)
+            times[1].record()
+        trial = {"gb_s": 0.0}
+        if way != "products":
+            trial = self.copy_plainly() if way.startswith("plain") else self.load()
+        if products:
+            times[1].synchronize()
+            trial["products_s"] = 1e-3 * times[0].elapsed_time(times[1])
+        return trial
+
+
 def in_turn(
     ways: tuple[str, ...], rounds: int, trial: Callable[[str], Trial]
 ) -> dict[str, list[Trial]]:
@@ -194,15 +261,6 @@ def medians(trials: list[Trial]) -> Trial:
     return {name: statistics.median(trial[name] for trial in trials) for name in trials[0]}
 
 
-def predicted(way: str, layers: int, load_s: float, compute_s: float) -> float:
-    """What two streams would take, by the time model, if all of the history takes `load_s` and
-    the new tokens `compute_s`: a machine with one token of each."""
-    machine = Machine(
-        layers=layers, token_bytes=1, parameters=0.5, flops=1 / compute_s, link=1 / load_s
-    )
-    return with_preload(machine, 1, 1, 1, BUFFERS.get(way))
-
-
 def preload_rows(
     args: argparse.Namespace, model: CausalLM, layout: KvLayout
 ) -> Iterator[dict[str, Any]]:
@@ -221,6 +279,9 @@ def preload_rows(
 
         trial("PL-B0")  # warms up
         trials = in_turn(PRELOADS, args.rounds, trial)
+        link = Link(engine, prompts, args.history)
+        ways = BUSY_LINKS if link.gpu else LINKS
+        links = in_turn(ways, args.rounds, link.trial)
     load_s = medians(trials["NO-PL"])["load_s"]
     floor_s = medians(trials["floor"])["ttft_s"]
     for way in PRELOADS:
@@ -230,8 +291,10 @@ def preload_rows(
         row["to_floor"] = ratio(trials[way], trials["floor"], "ttft_s")
         if way == "NO-PL" or way in BUFFERS:
             row["load_s"] = load_s
-            row["model_s"] = predicted(way, layout.num_layers, load_s, floor_s)
+            row["model_s"] = two_streams(layout.num_layers, load_s, floor_s, BUFFERS.get(way))
         yield row
+    for way in ways:
+        yield {"part": "link", "way": way, "slice": link.host.shape[1], **medians(links[way])}
 
 
 def save_rows(
@@ -256,6 +319,43 @@ def save_rows(
                 row["to_wait"] = ratio(trials[way], trials["wait"], "seconds")
                 row["to_nothing"] = ratio(trials[way], trials["nothing"], "seconds")
                 yield row
+
+
+def sums_rows(
+    args: argparse.Namespace, model: CausalLM, layout: KvLayout
+) -> Iterator[dict[str, Any]]:
+    """One row. Without an SSD tier nothing is sealed, so nothing is summed."""
+    if torch.device(args.device).type == "cpu":
+        return
+    length, vocab = max(args.prompts), model.config.vocab_size
+    rng = random.Random(3)
+    batches = [[[rng.randrange(vocab) for _ in range(length)] for _ in range(2)] for _ in "ab"]
+    with (
+        tempfile.TemporaryDirectory() as path,
+        engine_for(model, layout, 2, length + 2, STEP_TOKENS, path) as engine,
+    ):
+        for prompts in batches:  # the first warms up
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                requests = add_all(engine, prompts, 1)
+                while not all(request.finished for request in requests):
+                    engine.step()
+                engine.store.drain()
+    times = {event.key: 1e-6 * event.self_device_time_total for event in profiler.key_averages()}
+    sums_s = sum(seconds for name, seconds in times.items() if "LeafSums" in name)
+    row = {"part": "sums", "way": "profile", "prompt": length, "sums_s": sums_s}
+    yield row | {"kernels_s": sum(times.values()), "share": sums_s / sum(times.values())}
+
+
+def text_of(row: dict[str, Any]) -> str:
+    match row["part"]:
+        case "preload":
+            return f"{row['way']:24} {row['ttft_s']:8.4f} s, {row['to_no_preload']:.3f} of NO-PL"
+        case "link":
+            return f"link, {row['way']:18} {row['gb_s']:8.2f} GB/s"
+        case "sums":
+            return f"sums: {100 * row['share']:.2f} % of the kernels' time"
+    what = f"{row['prompt']:,} + {row['steps']}, {row['way']}"
+    return f"{what:24} {row['seconds']:8.4f} s, {row['to_wait']:.3f} of wait"
 
 
 def parse_args() -> argparse.Namespace:
@@ -285,17 +385,9 @@ def main() -> None:
     model, layout, name = load_model(args, window)
     about = {"model": name, "device": args.device, "dtype": args.dtype}
     about |= {"batch": args.batch, "rounds": args.rounds}
-    for part in (preload_rows, save_rows):
+    for part in (preload_rows, save_rows, sums_rows):
         for row in part(args, model, layout):
-            if args.json:
-                print(json.dumps(about | row), flush=True)
-            elif row["part"] == "preload":
-                ratio_text = f"{row['to_no_preload']:.3f} of NO-PL"
-                print(f"{row['way']:24} {row['ttft_s']:8.4f} s, {ratio_text}", flush=True)
-            else:
-                what = f"{row['prompt']:,} + {row['steps']}, {row['way']}"
-                ratio_text = f"{row['to_wait']:.3f} of wait"
-                print(f"{what:24} {row['seconds']:8.4f} s, {ratio_text}", flush=True)
+            print(json.dumps(about | row) if args.json else text_of(row), flush=True)
 
 
 if __name__ == "__main__":

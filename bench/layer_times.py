@@ -52,6 +52,15 @@ def with_preload(machine: Machine, batch: int, history: int, new: int, buffer: i
     return end
 
 
+def two_streams(layers: int, load_s: float, compute_s: float, buffer: int | None) -> float:
+    """`with_preload` where loading all of the history takes `load_s`, and computing the new tokens
+    `compute_s`: a machine with one token of each."""
+    machine = Machine(
+        layers=layers, token_bytes=1, parameters=0.5, flops=1 / compute_s, link=1 / load_s
+    )
+    return with_preload(machine, 1, 1, 1, buffer)
+
+
 def with_saving(machine: Machine, batch: int, prompt: int, steps: int, asynchronous: bool) -> float:
     """Seconds for a prompt and `steps` tokens of each sequence, until the next batch has room.
 

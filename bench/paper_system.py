@@ -94,7 +94,30 @@ def save_table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def link_table(rows: list[Row]) -> list[str]:
+    """A line a way over the link; ratios are to the plain copy beside as much other work."""
+    plain = {row["way"]: row["gb_s"] for row in rows}
+    lines = [
+        f"| DRAM to device, slices of {rows[0]['slice']:,} bytes | GB/s | to plain, x "
+        "| products, s |",
+        "| --- |" + " ---: |" * 3,
+    ]
+    for row in rows:
+        base = plain[row["way"].replace("store", "plain")]
+        products = f"{row['products_s']:.4f}" if "products_s" in row else "-"
+        rate = [f"{row['gb_s']:.2f}", f"{row['gb_s'] / base:.3f}"] if base else ["-", "-"]
+        lines.append("| " + " | ".join([row["way"], *rate, products]) + " |")
+    return lines
+
+
+def sums_table(rows: list[Row]) -> list[str]:
+    """A line."""
+    shares = ", ".join(f"{100 * row['share']:.2f} %" for row in rows)
+    return [f"Sums of what is saved, of the time of all kernels of a prefill: {shares}"]
+
+
 TABLES = {"system": table, "preload": preload_table, "save": save_table}
+TABLES |= {"link": link_table, "sums": sums_table}
 
 
 def print_paper() -> None:

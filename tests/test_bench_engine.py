@@ -52,6 +52,9 @@ def test_overlap_measures_every_way(overlap: str, answer: Callable[..., str], tm
     assert loads["PL-B15"]["model_s"] == pytest.approx(floor_s)
     assert loads["NO-PL"]["model_s"] == pytest.approx(floor_s + load_s)
 
+    links = {row["way"]: row["gb_s"] for row in rows if row["part"] == "link"}
+    assert list(links) == ["plain", "store"] and min(links.values()) > 0
+
     saves = [row for row in rows if row["part"] == "save"]
     assert [row["way"] for row in saves] == ["wait", "async", "nothing"] * 2
     for row in saves:
@@ -59,7 +62,7 @@ def test_overlap_measures_every_way(overlap: str, answer: Callable[..., str], tm
 
     (tmp_path / "overlap.jsonl").write_text(overlap)
     report = answer("paper_system.py", "overlap.jsonl")
-    assert "| PL-B15 |" in report and report.count("| -13 to -15 |") == 2
+    assert "| PL-B15 |" in report and "| plain |" in report and report.count("| -13 to -15 |") == 2
 
 
 def test_multiturn_reuses_what_was_said(answer: Callable[..., str], tmp_path: Path) -> None:
