@@ -385,7 +385,7 @@ def main() -> None:
     model, layout, name = load_model(args, window)
     about = {"model": name, "device": args.device, "dtype": args.dtype}
     about |= {"batch": args.batch, "rounds": args.rounds}
-    for part in (preload_rows, save_rows, sums_rows):
+    for part in (preload_rows, sums_rows, save_rows):
         for row in part(args, model, layout):
             print(json.dumps(about | row) if args.json else text_of(row), flush=True)
 
