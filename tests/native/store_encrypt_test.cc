@@ -40,6 +40,7 @@ class StoreEncryptTest : public ::testing::Test {
     EXPECT_TRUE(turn.Begin());
     const CachedTokens cached = turn.cached();
     turn.Finish();
+    store->Drain();  // what is being saved is not found yet
     store->CheckInvariants();
     return cached;
   }

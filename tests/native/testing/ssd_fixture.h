@@ -19,6 +19,9 @@ namespace cachedattn {
 // Three layers of 2560 bytes in slices of 4096, so that there is padding; a slot has 16 KiB.
 inline KvLayout SmallLayout() { return {3, 1, 40, 16, DType::kBFloat16}; }
 
+// Deadline where the disk is not what is tested: a shared one may be away for seconds.
+constexpr int64_t kPatientUs = 60'000'000;
+
 inline SsdOptions SmallStore(const std::string& directory, uint32_t num_slots = 8) {
   SsdOptions options;
   options.directory = directory;
@@ -27,6 +30,7 @@ inline SsdOptions SmallStore(const std::string& directory, uint32_t num_slots = 
   options.model_name = "tiny";
   options.max_bytes = SsdFileBytes(options.layout, num_slots);
   options.io.depth = 4;
+  options.io_deadline_us = kPatientUs;
   return options;
 }
 

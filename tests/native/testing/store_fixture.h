@@ -44,6 +44,7 @@ inline StoreOptions TinyOptions(const Sizes& sizes, const std::string& path = ""
   }
   options.dram_reserve = 0;
   options.io_depth = 16;
+  options.io_deadline_us = kPatientUs;
   options.poison = true;
   return options;
 }
