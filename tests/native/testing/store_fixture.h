@@ -16,6 +16,7 @@
 #include "csrc/tier/ssd_format.h"
 #include "tests/native/testing/master_key.h"
 #include "tests/native/testing/player.h"
+#include "tests/native/testing/ssd_fixture.h"
 
 namespace cachedattn {
 
