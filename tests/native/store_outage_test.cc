@@ -23,6 +23,7 @@ class StoreOutageTest : public ::testing::TestWithParam<bool> {
   Result<std::unique_ptr<AttentionStore>> TryOpen(uint32_t dram) {
     StoreOptions options = TinyOptions({dram, 32, GetParam() ? 24u : 0u}, dir_ / "kv");
     options.clock = &clock_;
+    options.io_deadline_us = StoreOptions().io_deadline_us;
     SsdOptions ssd_options = SsdOptionsOf(options);
     ssd_options.io.wrap = plan_.Wrap();
     auto tier = SsdTier::Open(ssd_options);

@@ -95,7 +95,7 @@ TEST_F(StorePolicyTest, TheQueueBringsBlocksToDramInItsOrder) {
   const auto c = ChainFor(store.get(), c_ + MakeTokens(5, 7));
   const std::shared_ptr<Chain> waiting[] = {b, a, c};
   store->SetQueue(waiting);
-  for (int i = 0; i < 2000 && From(store->Lookup(*a), Tier::kDram) < 3 * kBlock; ++i) {
+  for (int i = 0; i < 100'000 && From(store->Lookup(*a), Tier::kDram) < 3 * kBlock; ++i) {
     store->Poll();
     usleep(100);
   }
@@ -120,7 +120,7 @@ TEST_F(StorePolicyTest, PrefetchDisplacesWhatRanksLower) {
   ASSERT_EQ(Dram(store->stats()).used_slots, 6u);
   const std::shared_ptr<Chain> waiting[] = {a};
   store->SetQueue(waiting);
-  for (int i = 0; i < 2000 && From(store->Lookup(*a), Tier::kDram) < 3 * kBlock; ++i) {
+  for (int i = 0; i < 100'000 && From(store->Lookup(*a), Tier::kDram) < 3 * kBlock; ++i) {
     store->Poll();
     usleep(100);
   }

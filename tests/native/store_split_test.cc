@@ -181,6 +181,7 @@ TEST_P(StoreSplitTest, AWrongCostIsRefused) {
 TEST(ReadLimitTest, ALimitThatTheDeadlineCannotHoldIsRefused) {
   TempDir dir;
   StoreOptions options = TinyOptions({16, 16, 0}, dir / "kv");
+  options.io_deadline_us = 2'000'000;
   options.ssd_read_limit = 1'000'000;
   const auto store = AttentionStore::Open(options);
   ASSERT_FALSE(store.ok());

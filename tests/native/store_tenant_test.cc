@@ -1,4 +1,6 @@
 // Tenants: separate names for the same tokens, and a quota that each keeps with its own blocks.
+#include <unistd.h>
+
 #include <random>
 
 #include "tests/native/testing/store_fixture.h"
@@ -127,8 +129,9 @@ TEST_F(StoreTenantTest, PrefetchKeepsTheQuota) {
   const auto chain_a = ChainOf(store.get(), "a", a), chain_b = ChainOf(store.get(), "b", b);
   const std::shared_ptr<Chain> waiting[] = {chain_a, chain_b};
   store->SetQueue(waiting);
-  for (int i = 0; i < 5000 && From(store->Lookup(*chain_b), Tier::kDram) < 3 * kBlock; ++i) {
+  for (int i = 0; i < 100'000 && From(store->Lookup(*chain_b), Tier::kDram) < 3 * kBlock; ++i) {
     store->Poll();
+    usleep(100);
     EXPECT_LE(store->TenantUsage("a")[kDram], 6u);
   }
   EXPECT_EQ(From(store->Lookup(*chain_b), Tier::kDram), 3 * kBlock) << "it did not wait behind a";
