@@ -65,6 +65,8 @@ def test_store_commands_run(
         if words[1] in ("demo", "bench", "erase"):  # too long, or for an encrypted store
             continue
         small = ["--model", str(model), "--max-tokens", "4", "--ssd", "64MiB"]
+        if words[1] == "simulate":
+            words = [*words[:2], "1000", *words[3:]]
         monkeypatch.setattr(sys, "argv", words + (small if words[1] == "chat" else []))
         monkeypatch.setattr(sys, "stdin", io.StringIO("Hello there.\n"))
         with pytest.raises(SystemExit) as exit_info:
