@@ -8,7 +8,8 @@ Conversations are drawn by a seed: turns geometric, lengths lognormal after what
 thinks before each further turn. Answers have the drawn length, their ids are what the model says.
 Every mode plays the same conversations:
 
-    recompute   no store: each turn computes its whole history (the paper's RE)
+    recompute   nothing is found: each turn computes its whole history (the paper's RE). On a GPU
+                its KV still leaves for DRAM, asynchronously, which costs this mode a little
     overflow    a store whose history is lost whenever a context overflows: the client cuts its
                 oldest half (OF)
     wait        a store; all layers are waited for before the first is computed, and each step

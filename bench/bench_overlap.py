@@ -7,7 +7,7 @@
 Preload (CachedAttention, USENIX ATC'24, section 3.2.1): a batch of turns, the history of each in
 DRAM, until all of them have their first token.
 
-    recompute   nothing is reused, and nothing saved
+    recompute   nothing is reused; what is saved is the full blocks of the new tokens, at the end
     NO-PL       all layers are waited for before the first is computed
     PL-Bn       layer l waits for layer l alone; the first n layers have been loaded before the
                 clock starts, as a read buffer of n layers would have done under the last step

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,21 @@ PAPER_PRELOAD = {"PL-B0": "-35", "PL-B15": "-61"}
 PAPER_SAVE = {"async": "-13 to -15"}
 
 
+def markdown(head: str, lines: Iterable[list[str]]) -> list[str]:
+    """A table: its first column is text, the others are numbers."""
+    rule = "| --- |" + " ---: |" * (head.count("|") - 2)
+    return [head, rule, *("| " + " | ".join(line) + " |" for line in lines)]
+
+
 def table(rows: list[Row]) -> list[str]:
     """A line a mode, against the first."""
-    lines = [
+    head = (
         "| mode | turns | reused, % | TTFT mean, s | p50 | p99 | TTFT, % | prompt tokens/s | x "
-        "| busy, s | waited for: ssd | copy | queue | slots | $ a million turns |",
-        "| --- |" + " ---: |" * 14,
-    ]
+        "| busy, s | waited for: ssd | copy | queue | slots | $ a million turns |"
+    )
     base = rows[0]
-    for row in rows:
-        values = [
+    lines = [
+        [
             row["mode"],
             f"{row['turns']}",
             f"{100 * row['hit']:.1f}",
@@ -46,20 +52,20 @@ def table(rows: list[Row]) -> list[str]:
             *(f"{row['stall_s'][cause]:.2f}" for cause in ("ssd", "copy", "queue", "slots")),
             f"{row['cost']['total']:,.0f}",
         ]
-        lines.append("| " + " | ".join(values) + " |")
-    return lines
+        for row in rows
+    ]
+    return markdown(head, lines)
 
 
 def preload_table(rows: list[Row]) -> list[str]:
     """A line a way of loading."""
     about = "{history:,} tokens of history, {new} new, batch {batch}".format_map(rows[0])
-    lines = [
+    head = (
         f"| {about} | TTFT, s | to NO-PL, % | to the floor, x | two streams, s "
-        "| the paper (1K, 100 new, batch 16), % |",
-        "| --- |" + " ---: |" * 5,
-    ]
-    for row in rows:
-        values = [
+        "| the paper (1K, 100 new, batch 16), % |"
+    )
+    lines = [
+        [
             row["way"],
             f"{row['ttft_s']:.4f}",
             f"{100 * (row['to_no_preload'] - 1):+.1f}",
@@ -67,20 +73,20 @@ def preload_table(rows: list[Row]) -> list[str]:
             f"{row['model_s']:.4f}" if "model_s" in row else "-",
             PAPER_PRELOAD.get(row["way"], "-"),
         ]
-        lines.append("| " + " | ".join(values) + " |")
-    return lines
+        for row in rows
+    ]
+    return markdown(head, lines)
 
 
 def save_table(rows: list[Row]) -> list[str]:
     """A line a length and way of saving."""
     about = "{steps} decode steps, batch {batch}".format_map(rows[0])
-    lines = [
+    head = (
         f"| {about} | prompt | s | waited, s | left, s | to wait, % | to nothing, x "
-        "| the paper (batch 16), % |",
-        "| --- |" + " ---: |" * 7,
-    ]
-    for row in rows:
-        values = [
+        "| the paper (batch 16), % |"
+    )
+    lines = [
+        [
             row["way"],
             f"{row['prompt']:,}",
             f"{row['seconds']:.3f}",
@@ -90,24 +96,22 @@ def save_table(rows: list[Row]) -> list[str]:
             f"{row['to_nothing']:.3f}",
             PAPER_SAVE.get(row["way"], "-"),
         ]
-        lines.append("| " + " | ".join(values) + " |")
-    return lines
+        for row in rows
+    ]
+    return markdown(head, lines)
 
 
 def link_table(rows: list[Row]) -> list[str]:
     """A line a way over the link; ratios are to the plain copy beside as much other work."""
     plain = {row["way"]: row["gb_s"] for row in rows}
-    lines = [
-        f"| DRAM to device, slices of {rows[0]['slice']:,} bytes | GB/s | to plain, x "
-        "| products, s |",
-        "| --- |" + " ---: |" * 3,
-    ]
+    about = f"DRAM to device, slices of {rows[0]['slice']:,} bytes"
+    lines = []
     for row in rows:
         base = plain[row["way"].replace("store", "plain")]
         products = f"{row['products_s']:.4f}" if "products_s" in row else "-"
         rate = [f"{row['gb_s']:.2f}", f"{row['gb_s'] / base:.3f}"] if base else ["-", "-"]
-        lines.append("| " + " | ".join([row["way"], *rate, products]) + " |")
-    return lines
+        lines.append([row["way"], *rate, products])
+    return markdown(f"| {about} | GB/s | to plain, x | products, s |", lines)
 
 
 def sums_table(rows: list[Row]) -> list[str]:
@@ -121,10 +125,8 @@ TABLES |= {"link": link_table, "sums": sums_table}
 
 
 def print_paper() -> None:
-    print("| the paper, 4 x A100 | TTFT, % | prompt tokens/s, x | turns with a hit, % |")
-    print("| --- | ---: | ---: | ---: |")
-    for model, (ttft, rate, hits) in PAPER.items():
-        print(f"| {model} | {ttft} | {rate} | {hits} |")
+    head = "| the paper, 4 x A100 | TTFT, % | prompt tokens/s, x | turns with a hit, % |"
+    print("\n".join(markdown(head, ([model, *map(str, row)] for model, row in PAPER.items()))))
 
 
 def main() -> None:
