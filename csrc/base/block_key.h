@@ -23,7 +23,7 @@ struct Digest {
 
 using BlockKey = Digest;
 
-// Whose block it is. Blocks of two tenants never have equal keys.
+// Whose block it is: a digest of the tenant's name. Blocks of two tenants never have equal keys.
 using TenantId = std::array<uint8_t, 16>;
 
 struct DigestHash {
@@ -33,9 +33,6 @@ struct DigestHash {
     return value;
   }
 };
-
-// Who owns a block: a digest of the tenant's name.
-using TenantId = std::array<uint8_t, 16>;
 
 // One overflow cut: `num_blocks` blocks left the context, from index `first_block` of the block
 // list as it stood then (design D4).

@@ -13,9 +13,10 @@ namespace cachedattn {
 
 namespace {
 
-// Sums of leaves under way: of 2 GiB of slices, more than a slot has.
+// Sums of leaves under way, of 2 GiB of slices. The longest slice finds room in one piece wherever
+// the ring's beginning is.
 constexpr uint64_t kRingSums = uint64_t{1} << 19;
-static_assert(kRingSums >= NumLeaves(KvLayout::kMaxSlotBytes));
+static_assert(kRingSums >= 2 * NumLeaves(KvLayout::kMaxSlotBytes));
 
 class GpuCopyEngine final : public CopyEngine {
  public:

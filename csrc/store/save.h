@@ -22,7 +22,7 @@ struct Save {
   SlotId target_id = kNoSlot;
   BlockRef block;  // nullptr: not published
   Transfer transfer;
-  uint32_t num_tokens = 0;
+  uint32_t num_tokens = 0;  // in the block: all that fit, until it is published
   uint64_t sequence = 0;
   std::bitset<KvLayout::kMaxLayers> started;
   uint32_t num_landed = 0;

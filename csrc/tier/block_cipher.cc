@@ -77,8 +77,7 @@ std::byte* BlockCipher::Begin(uint32_t write, SlotId slot, const BlockHeader& he
         cipher->Seal(NonceOf(aad.layer), AsBytes(aad), {host_slot + offset, layout_.slice_bytes()},
                      staged + offset);
     if (sealed &&
-        SealOf(uuid_, header.key, aad.layer,
-               SumOfSlice({host_slot + offset, layout_.slice_bytes()})) != plain.seals[aad.layer]) {
+        SealOfSlice(uuid_, layout_, header.key, aad.layer, host_slot) != plain.seals[aad.layer]) {
       page.seals[aad.layer] = {};
     }
   }

@@ -94,15 +94,11 @@ SliceSeal SealOf(const Uuid& uuid, const BlockKey& key, uint32_t layer, const Sl
   return seal;
 }
 
-namespace {
-
 SliceSeal SealOfSlice(const Uuid& uuid, const KvLayout& layout, const BlockKey& key, uint32_t layer,
                       const std::byte* host_slot) {
   const std::byte* slice = host_slot + layout.host_slice_offset(layer);
   return SealOf(uuid, key, layer, SumOfSlice({slice, layout.slice_bytes()}));
 }
-
-}  // namespace
 
 BlockPage PageOf(const KvLayout& layout, SlotId slot, const BlockHeader& header) {
   BlockPage page;

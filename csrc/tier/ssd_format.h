@@ -116,6 +116,9 @@ StoreCounters CountersOf(const Superblock& superblock);
 void SetCounters(const StoreCounters& counters, Superblock* superblock);
 
 SliceSeal SealOf(const Uuid& uuid, const BlockKey& key, uint32_t layer, const SliceSum& sum);
+// Of layer `layer` as it lies in `host_slot`.
+SliceSeal SealOfSlice(const Uuid& uuid, const KvLayout& layout, const BlockKey& key, uint32_t layer,
+                      const std::byte* host_slot);
 
 // The header page of a block for `slot`, all but the seals and the checksum.
 BlockPage PageOf(const KvLayout& layout, SlotId slot, const BlockHeader& header);

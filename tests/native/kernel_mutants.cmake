@@ -1,9 +1,9 @@
-# Bugs in the CUDA kernels, for the emulated attention test (see mutants.cmake).
+# Bugs in the CUDA kernels, for the tests on the emulated device (see mutants.cmake).
 
-# kernel_mutant(NAME SOURCE FILE FILTER OLD NEW): SOURCE and FILE lie in csrc/kernels/cuda.
-function(kernel_mutant name source file filter old new)
+# emu_mutant(NAME SOURCE FILE TEST FILTER OLD NEW): SOURCE and FILE lie in csrc/kernels/cuda.
+function(emu_mutant name source file test filter old new)
   set(folder csrc/kernels/cuda)
-  ca_mutant(${name} ${folder} ${source} ${file} cuda_attention_test
+  ca_mutant(${name} ${folder} ${source} ${file} ${test}
     "--gtest_filter=${filter};--gtest_fail_fast" "${old}" "${new}")
   if(mutant)
     target_link_libraries(${mutant} PRIVATE ca_emu GTest::gtest_main)
@@ -12,6 +12,19 @@ function(kernel_mutant name source file filter old new)
     set_source_files_properties(${cu} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
   endif()
 endfunction()
+
+# kernel_mutant(NAME SOURCE FILE FILTER OLD NEW): for the attention test.
+macro(kernel_mutant name source file filter old new)
+  emu_mutant(${name} ${source} ${file} cuda_attention_test "${filter}" "${old}" "${new}")
+endmacro()
+
+# ---- sums ----
+
+emu_mutant(sum_no_scramble leaf_sums.cu leaf_sums.cu cuda_sums_test *AreTheHosts
+  [=[    sum = (sum ^ sum >> 47 ^ scramble) * kPrime32_1;]=] "")
+emu_mutant(sum_of_unused leaf_sums.cu leaf_sums.cu cuda_sums_test *AreTheHosts
+  [=[at % p.row_bytes >= used]=]
+  [=[at % p.row_bytes > used]=])
 
 # ---- decode ----
 
