@@ -2,7 +2,7 @@
 
     python bench/bench_transfer.py                        about four minutes
     python bench/bench_transfer.py --directory /mnt/nvme --geometry 8b --case pieces
-    python bench/bench_transfer.py --nixl VENV/bin/python
+    python bench/bench_transfer.py --encrypt --nixl VENV/bin/python
     python bench/bench_transfer.py --json > transfer.jsonl
 
 Cases, for the KV of a model like Llama-3-8B (32 layers, 8 KV heads of 128) and of SmolLM2-135M
@@ -16,7 +16,8 @@ Cases, for the KV of a model like Llama-3-8B (32 layers, 8 KV heads of 128) and 
 The other ways move the same bytes in requests of the same sizes at the same depth, past the page
 cache, to and from huge pages, on the same file system, and look at nothing: a loop of io_uring, a
 loop of pread or pwrite (one at a time), fio, NIXL's POSIX backend (at a depth of its own choice).
-"unverified" is the store with checksums taken for right. Ways take turns, round by round; figures
+"unverified" is the store with checksums taken for right, "encrypted" (with --encrypt) one under a
+master key, whose tags stand in for checksums. Ways take turns, round by round; figures
 are medians over the rounds, and "ours" is the store's rate by the way's, the median of the ratios
 within rounds. CPU seconds are those of the process, all threads; workers of the kernel are not in
 them.
@@ -36,9 +37,12 @@ from pathlib import Path
 import host
 from transfer.ways import Load, Sample, Server, fio
 
+from cachedattn.keys import write_master_key
+
 GEOMETRIES = {"8b": (32, 8, 128), "smollm2": (30, 3, 64)}
 CASES = ("pieces", "blocks", "write", "device")
 OURS, UNVERIFIED = "cachedattn", "cachedattn, unverified"
+ENCRYPTED = "cachedattn, encrypted"
 FIRST_SLOT = 2 << 20
 Ways = dict[str, Callable[[], Sample]]
 
@@ -46,11 +50,17 @@ Ways = dict[str, Callable[[], Sample]]
 def servers(geometry: str, directory: Path, args: argparse.Namespace) -> dict[str, Server]:
     """The native programs, by what they are asked for."""
     found = {}
-    for name, target in ((OURS, "transfers"), (UNVERIFIED, "transfers_unverified")):
-        folder = directory / geometry / target
+    targets = {OURS: "transfers", UNVERIFIED: "transfers_unverified", ENCRYPTED: "transfers"}
+    for name, target in targets.items():
+        if name == ENCRYPTED and not args.encrypt:
+            continue
+        folder = directory / geometry / name
         folder.mkdir(parents=True)
-        sizes = [*GEOMETRIES[geometry], args.megabytes]
-        found[name] = Server([host.built(target), folder, *map(str, sizes)])
+        command = [host.built(target), folder, *map(str, [*GEOMETRIES[geometry], args.megabytes])]
+        if name == ENCRYPTED:
+            write_master_key(folder / "key")
+            command.append(folder / "key")
+        found[name] = Server(command)
     return found
 
 
@@ -65,6 +75,8 @@ def ways_of(case: str, programs: dict[str, Server], folder: Path) -> Ways:
         return {OURS: ours.way("device"), "memcpy": ours.way("memcpy")}
     write = case == "write"
     ways = {OURS: ours.way(case), UNVERIFIED: programs[UNVERIFIED].way(case)}
+    if ENCRYPTED in programs:
+        ways[ENCRYPTED] = programs[ENCRYPTED].way(case)
     ways["io_uring loop"] = ours.way(f"uring {case}")
     ways["pwrite loop" if write else "pread loop"] = ours.way(f"pread {case}")
     if shutil.which("fio"):
@@ -140,6 +152,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--directory", type=Path, default=Path(), help="on the disk to measure")
     parser.add_argument("--megabytes", type=int, default=512, help="of one history; eight on disk")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--encrypt", action="store_true", help="an encrypted store beside ours")
     parser.add_argument("--nixl", metavar="PYTHON", help="a Python with nixl, torch and numpy")
     parser.add_argument("--json", action="store_true", help="one object a line")
     return parser.parse_args()
@@ -153,7 +166,7 @@ def main() -> None:
         for geometry in args.geometry or GEOMETRIES:
             programs = servers(geometry, Path(name), args)
             loads = programs[OURS].loads()
-            folder = Path(name) / geometry / "transfers"
+            folder = Path(name) / geometry / OURS
             if args.nixl:
                 programs["nixl"] = nixl_server(args.nixl, folder, loads)
             for case in args.case or CASES:

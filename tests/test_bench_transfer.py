@@ -28,7 +28,7 @@ def test_help_has_examples() -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     where = ["--directory", str(tmp_path_factory.mktemp("bench"))]
     size = ["--geometry", "smollm2", "--megabytes", "16", "--rounds", "3"]
-    return [json.loads(line) for line in answer(*where, *size, "--json").splitlines()]
+    return [json.loads(line) for line in answer(*where, *size, "--encrypt", "--json").splitlines()]
 
 
 def test_every_case_stands_beside_plain_ways(results: list[dict]) -> None:
@@ -38,7 +38,8 @@ def test_every_case_stands_beside_plain_ways(results: list[dict]) -> None:
     for case in ("pieces", "blocks", "write", "device"):
         ways = {row["way"] for row in rows if row["case"] == case}
         assert "cachedattn" in ways and ways & PLAIN
-        assert ("cachedattn, unverified" in ways) == (case != "device")
+        for kind in ("unverified", "encrypted"):
+            assert (f"cachedattn, {kind}" in ways) == (case != "device")
 
 
 def test_rows_are_complete_and_agree(results: list[dict]) -> None:

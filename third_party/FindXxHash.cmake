@@ -6,7 +6,7 @@ if(XxHash_FOUND AND NOT TARGET XxHash::XxHash)
   add_library(XxHash::XxHash INTERFACE IMPORTED)
   set_target_properties(XxHash::XxHash PROPERTIES
     INTERFACE_INCLUDE_DIRECTORIES ${XxHash_INCLUDE_DIR}
-    # KV comes from memory, not from a cache: xxHash's own 384 bytes ahead are too few there, and
-    # with 4 KiB it runs at the rate at which one thread can read, whatever its instructions.
+    # KV comes from memory, not from a cache: xxHash's own 384 bytes ahead are too few there. With
+    # 4 KiB it runs at the rate at which one thread can read, or at that of its instructions.
     INTERFACE_COMPILE_DEFINITIONS "XXH_INLINE_ALL;XXH_PREFETCH_DIST=4096")
 endif()

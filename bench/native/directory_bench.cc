@@ -85,6 +85,7 @@ class NullSsd final : public SsdTier {
   }
   const std::vector<ScannedBlock>* index() const override { return nullptr; }
   const std::vector<SlotDamage>& damaged() const override { return damaged_; }
+  bool Seal(const BlockKey&, std::byte*) override { return false; }
   void StartWrite(SlotId, const BlockHeader&, bool, std::byte*, uint64_t tag) override {
     Done(tag);
   }

@@ -1,7 +1,8 @@
 // Moves a history between the tiers, through the store and without it, for bench_transfer.py:
 //
-//     transfers DIRECTORY LAYERS KV_HEADS HEAD_DIM MEGABYTES
+//     transfers DIRECTORY LAYERS KV_HEADS HEAD_DIM MEGABYTES [MASTER_KEY]
 //
+// (with a file that holds a master key: of an encrypted store)
 // prints {"pieces": .., "blocks": .., "write": ..}: the requests that the store issues for each
 // (depth reached, and a count of every size), then answers each line on stdin with
 // {"bytes": .., "seconds": .., "cpu": ..}; cpu is that of this process, all its threads.
@@ -11,7 +12,8 @@
 //     device, memcpy       DRAM -> an emulated device; the same bytes copied by a plain loop
 //     uring WHAT, pread WHAT   WHAT = pieces, blocks: the same requests in the same order at the
 //                          same depth (pread: one by one) into the same memory, not looked at;
-//                          WHAT = write: as many blocks to a file beside the store's
+//                          WHAT = write: as many blocks to a file beside the store's, like that
+//                          of three histories, one after the other
 #include <fcntl.h>
 #include <liburing.h>
 #include <sys/mman.h>
@@ -55,7 +57,8 @@ struct Request {
   std::byte* data = nullptr;
   uint32_t size = 0;
 };
-constexpr uint32_t kDepth = 64;  // of the store's I/O engine, its default
+constexpr uint32_t kHistories = 3;  // on the SSD
+constexpr uint32_t kDepth = 64;     // of the store's I/O engine, its default
 struct Load {
   std::vector<Request> requests;
   uint32_t depth = 0;  // most in flight at a time
@@ -137,7 +140,8 @@ void ByRing(io_uring* ring, int fd, const Load& load, bool write) {
 // A store with a history on its SSD, or with one in DRAM below a device.
 class Bench {
  public:
-  Bench(const std::string& directory, const KvLayout& layout, uint64_t bytes, bool device)
+  Bench(const std::string& directory, const KvLayout& layout, uint64_t bytes, bool device,
+        const std::string& master_key_file)
       : layout_(layout),
         blocks_(static_cast<uint32_t>(std::max<uint64_t>(bytes / layout.host_slot_bytes(), 8))) {
     StoreOptions options;
@@ -148,9 +152,10 @@ class Bench {
     if (device) {
       options.device_bytes = (blocks_ + 2) * layout.payload_bytes();
     } else {
-      // Three histories: each new one takes the places of the oldest, as in a store that is full.
-      options.ssd_bytes = 3 * blocks_ * (layout.host_slot_bytes() + 256) + 2 * kHugePage;
+      // Each new history takes the places of the oldest, as in a store that is full.
+      options.ssd_bytes = kHistories * blocks_ * (layout.host_slot_bytes() + 256) + 2 * kHugePage;
       options.path = directory;
+      options.master_key_file = master_key_file;
     }
     store_ = Must(AttentionStore::Open(options));
     const AttentionStore::PoolView pool = store_->pool();
@@ -281,8 +286,9 @@ void CopySlices(std::byte* target, const std::byte* source, uint64_t bytes, uint
   for (uint64_t i = 0; i < bytes; i += slice) std::memcpy(target + i, source + i, slice);
 }
 
-void Serve(const std::string& directory, const KvLayout& layout, uint64_t bytes) {
-  Bench ssd(directory + "/store", layout, bytes, false);
+void Serve(const std::string& directory, const KvLayout& layout, uint64_t bytes,
+           const std::string& master_key_file) {
+  Bench ssd(directory + "/store", layout, bytes, false, master_key_file);
   std::map<std::string, Load> loads;
   using enum TraceKind;
   loads["write"] = ssd.Watch(kWriteStart, kWriteEnd, [&] { ssd.Publish(false); });
@@ -291,14 +297,21 @@ void Serve(const std::string& directory, const KvLayout& layout, uint64_t bytes)
 
   const int file = OpenFile(directory + "/store/blocks", O_RDONLY);
   const int beside = OpenFile(directory + "/plain", O_RDWR | O_CREAT);
-  if (posix_fallocate(beside, 0, static_cast<off_t>(ssd.bytes())) != 0) Die("the disk is full");
+  const uint64_t beside_bytes = kHistories * ssd.bytes();
+  if (posix_fallocate(beside, 0, static_cast<off_t>(beside_bytes)) != 0) Die("the disk is full");
   for (uint64_t i = 0; Request & r : loads["write"].requests) {
     r.offset = i * layout.host_slot_bytes();
     r.data = ssd.host_slot(i++);
   }
-  OneByOne(beside, loads["write"], true);  // as the store's file, it has been written to before
+  const auto next_history = [&] {
+    for (Request& r : loads["write"].requests) r.offset = (r.offset + ssd.bytes()) % beside_bytes;
+  };
+  for (uint32_t i = 0; i < kHistories; ++i) {  // as the store's file, it has been written to before
+    next_history();
+    OneByOne(beside, loads["write"], true);
+  }
 
-  Bench device("", layout, bytes, true);
+  Bench device("", layout, bytes, true, "");
   std::byte* const source = Memory(device.payload_bytes());
   std::byte* const target = Memory(device.payload_bytes());
   uint32_t depth = 1;
@@ -325,6 +338,7 @@ void Serve(const std::string& directory, const KvLayout& layout, uint64_t bytes)
     } else if (loads.contains(what) && (way == "uring" || way == "pread")) {
       const bool write = what == "write";
       const int fd = write ? beside : file;
+      if (write) next_history();
       Report(ssd.bytes(), [&] {
         way == "uring" ? ByRing(&ring, fd, loads[what], write) : OneByOne(fd, loads[what], write);
       });
@@ -338,12 +352,13 @@ void Serve(const std::string& directory, const KvLayout& layout, uint64_t bytes)
 }  // namespace cachedattn
 
 int main(int argc, char** argv) {
-  if (argc != 6) {
-    std::fprintf(stderr, "usage: transfers DIRECTORY LAYERS KV_HEADS HEAD_DIM MEGABYTES\n");
+  if (argc != 6 && argc != 7) {
+    std::fprintf(stderr,
+                 "usage: transfers DIRECTORY LAYERS KV_HEADS HEAD_DIM MEGABYTES [MASTER_KEY]\n");
     return 2;
   }
   const auto number = [argv](int i) { return static_cast<uint32_t>(std::atoi(argv[i])); };
   const cachedattn::KvLayout layout{number(2), number(3), number(4)};
   cachedattn::Must(layout.Validate());
-  cachedattn::Serve(argv[1], layout, uint64_t{number(5)} << 20);
+  cachedattn::Serve(argv[1], layout, uint64_t{number(5)} << 20, argc == 7 ? argv[6] : "");
 }

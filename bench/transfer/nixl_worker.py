@@ -44,17 +44,21 @@ def main() -> None:
     base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     read = os.open(f"{directory}/store/blocks", os.O_RDONLY | os.O_DIRECT)
     write = os.open(f"{directory}/plain", os.O_RDWR | os.O_DIRECT)
-    length = os.stat(read).st_size
+    length, beside = os.stat(read).st_size, os.stat(write).st_size
     agent.register_memory([(base, room, 0, "")], "DRAM")
-    agent.register_memory([(0, length, read, ""), (0, room, write, "")], "FILE")
+    agent.register_memory([(0, length, read, ""), (0, beside, write, "")], "FILE")
+    written = 0
 
     def run(name: str) -> dict:
-        file, at = (write, 0) if name == "write" else (read, FIRST_SLOT)
+        nonlocal written
+        file, at = (write, written) if name == "write" else (read, FIRST_SLOT)
         dram, disk, place = [], [], 0
         for size in requests[name]:
             dram.append((base + place, size, 0))
             disk.append((at + place, size, file))
             place += size
+        if name == "write":
+            written = (written + place) % beside
         operation = "WRITE" if name == "write" else "READ"
         ends = [agent.get_xfer_descs(dram, "DRAM"), agent.get_xfer_descs(disk, "FILE")]
         handle = agent.initialize_xfer(operation, *ends, "transfers")

@@ -72,13 +72,14 @@ def fio(file: Path, first: int, load: Load, write: bool) -> Callable[[], Sample]
     glibc asks for them when this variable is set. The first half second, in which it touches them
     for the first time, does not count."""
     env = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    size = file.stat().st_size if write else load.bytes
     total = sum(load.sizes.values())
-    shares = [f"{size}/{100 * count // total}" for size, count in load.sizes.items()]
+    shares = [f"{block}/{100 * count // total}" for block, count in load.sizes.items()]
     shares[-1] = shares[-1].split("/")[0] + "/"  # what is left of 100
     direction = "write" if write else "read"
     command = ["fio", "--name=transfer", f"--filename={file}", f"--rw={direction}", "--direct=1"]
     command += ["--ioengine=io_uring", f"--iodepth={load.depth}", f"--bssplit={':'.join(shares)}"]
-    command += [f"--offset={first}", f"--size={load.bytes}", "--time_based"]
+    command += [f"--offset={first}", f"--size={size}", "--time_based"]
     command += ["--runtime=500ms", "--ramp_time=500ms"]
     command += ["--output-format=json", *([] if write else ["--readonly"])]
 

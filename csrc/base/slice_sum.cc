@@ -27,8 +27,9 @@ LeafSecret MakeLeafSecret() {
 }
 
 uint64_t FullLeafSum(const std::byte* leaf) {
-  const auto& words = TheLeafSecret().words;
-  return XXH3_64bits_withSecret(leaf, kLeafBytes, words.data(), sizeof(words));
+  static const bool avx2 = __builtin_cpu_supports("avx2");
+  const LeafSecret* secret = &TheLeafSecret();
+  return avx2 ? FullLeafSumAvx2(leaf, secret) : FullLeafSumSse2(leaf, secret);
 }
 
 // The sum of leaves so far, and one group more.
@@ -48,6 +49,10 @@ SliceSum ToBytes(const XXH128_hash_t& hash) {
 const LeafSecret& TheLeafSecret() {
   static const LeafSecret secret = MakeLeafSecret();
   return secret;
+}
+
+uint64_t FullLeafSumSse2(const std::byte* leaf, const LeafSecret* secret) {
+  return XXH3_64bits_withSecret(leaf, kLeafBytes, secret, LeafSecret::kBytes);
 }
 
 uint64_t LeafSum(std::span<const std::byte> leaf) {

@@ -25,13 +25,18 @@ constexpr uint64_t NumLeaves(uint64_t slice_bytes) {
 // The secret of the leaves: the first 24 numbers of SplitMix64 from 0, 192 bytes. XXH3 takes some
 // of its words from odd places: those of the last stripe from byte 121, of the end from byte 11.
 struct LeafSecret {
-  std::array<uint64_t, 24> words;
+  static constexpr size_t kBytes = 192;
+  std::array<uint64_t, kBytes / 8> words;
   std::array<uint64_t, 8> last, end;
 };
 const LeafSecret& TheLeafSecret();
 
 // `leaf` is 1 to kLeafBytes long.
 uint64_t LeafSum(std::span<const std::byte> leaf);
+// Of a whole leaf: by what every x86-64 has, and in half the time, where memory gives the bytes as
+// fast, by AVX2. LeafSum chooses.
+uint64_t FullLeafSumSse2(const std::byte* leaf, const LeafSecret* secret);
+uint64_t FullLeafSumAvx2(const std::byte* leaf, const LeafSecret* secret);
 SliceSum SumOfLeaves(std::span<const uint64_t> leaf_sums);
 SliceSum SumOfSlice(std::span<const std::byte> slice);
 

@@ -1,4 +1,5 @@
-// IoQueue: requests that wait until an engine has room for them, first come, first served.
+// IoQueue: requests that wait until an engine has room for them: reads first, since computing waits
+// for those, and first come, first served.
 //
 // A disk may report all that it was given as finished at once. What waits here by then goes to it
 // before the finished bytes are looked at, so that it works meanwhile. And it finishes the first of
@@ -21,18 +22,20 @@ class IoQueue {
   explicit IoQueue(IoEngine* engine) : engine_(*engine) {}
 
   void Push(const IoRequest& request) {
-    if (waiting_.empty() && bytes_ == 0) limit_ = kFirstBytes;
-    waiting_.push_back(request);
+    if (reads_.empty() && writes_.empty() && bytes_ == 0) limit_ = kFirstBytes;
+    (request.op == IoOp::kRead ? reads_ : writes_).push_back(request);
   }
 
   // Hands over what the engine has room for, and says what that was.
   std::span<const IoRequest> Submit() {
     batch_.clear();
-    while (!waiting_.empty() && bytes_ < limit_ &&
-           engine_.in_flight() + batch_.size() < engine_.depth()) {
-      bytes_ += waiting_.front().size;
-      batch_.push_back(waiting_.front());
-      waiting_.pop_front();
+    for (std::deque<IoRequest>* waiting : {&reads_, &writes_}) {
+      while (!waiting->empty() && bytes_ < limit_ &&
+             engine_.in_flight() + batch_.size() < engine_.depth()) {
+        bytes_ += waiting->front().size;
+        batch_.push_back(waiting->front());
+        waiting->pop_front();
+      }
     }
     if (!batch_.empty()) engine_.SubmitAll(batch_);
     return batch_;
@@ -47,12 +50,13 @@ class IoQueue {
 
   // True: the request was still waiting, and is gone.
   bool Drop(uint64_t tag) {
-    return std::erase_if(waiting_, [tag](const IoRequest& r) { return r.tag == tag; }) > 0;
+    const auto dropped = [tag](const IoRequest& r) { return r.tag == tag; };
+    return std::erase_if(reads_, dropped) + std::erase_if(writes_, dropped) > 0;
   }
 
  private:
   IoEngine& engine_;
-  std::deque<IoRequest> waiting_;
+  std::deque<IoRequest> reads_, writes_;  // that wait
   std::vector<IoRequest> batch_;
   uint64_t bytes_ = 0;  // handed over and not released
   uint64_t limit_ = kFirstBytes;

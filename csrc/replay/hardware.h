@@ -79,6 +79,7 @@ class ModelSsd final : public SsdTier {
   }
   const std::vector<ScannedBlock>* index() const override { return nullptr; }
   const std::vector<SlotDamage>& damaged() const override { return damaged_; }
+  bool Seal(const BlockKey&, std::byte*) override { return false; }
   void StartWrite(SlotId, const BlockHeader& header, bool, std::byte*, uint64_t tag) override;
   void StartRead(SlotId, const BlockHeader& header, uint32_t, uint32_t, std::byte*,
                  uint64_t tag) override;

@@ -6,9 +6,9 @@ namespace cachedattn {
 
 namespace {
 
-// What the engine holds of writes, and then one more that is sealed and waits for it. A read waits
-// behind at most this much: some milliseconds of a disk's time.
-constexpr uint64_t kMaxBytesInFlight = 24 << 20;
+// What the engine holds of writes, and as much again that is sealed and waits for it; a read waits
+// behind the former alone.
+constexpr uint64_t kMaxBytesInFlight = 32 << 20;
 constexpr uint64_t kMaxWritesInFlight = 16;
 // One DRAM slot in so many: a disk that hangs keeps them.
 constexpr uint64_t kDramShare = 8;
@@ -102,6 +102,7 @@ bool WriteBehind::Pump() {
          tiers_->ssd->can_submit()) {
     const BlockRef block = directory_->Find(queue_.front());
     queue_.pop_front();
+    num_looked_at_ -= num_looked_at_ > 0;
     if (block == nullptr || !block->copy(Tier::kDram).leaving) continue;
     Slot slot = block->absent(Tier::kSsd) ? TakeSsdSlot(*block) : Slot();
     if (slot) {
@@ -111,7 +112,20 @@ bool WriteBehind::Pump() {
       refused = true;
     }
   }
+  SealAhead();
   return refused;
+}
+
+// Takes the sums of what is written next while the disk works, which would wait for them else: it
+// may report all that it has as finished at once.
+void WriteBehind::SealAhead() {
+  for (; num_looked_at_ < std::min<size_t>(queue_.size(), max_in_flight_); ++num_looked_at_) {
+    const BlockRef block = directory_->Find(queue_[num_looked_at_]);
+    if (block == nullptr || !block->ready(Tier::kDram)) continue;
+    Copy& copy = block->copy(Tier::kDram);
+    if (!copy.sealed)
+      copy.sealed = tiers_->ssd->Seal(block->key, tiers_->dram->slot(copy.slot.id()));
+  }
 }
 
 void WriteBehind::Start(const BlockRef& block, Slot slot) {
@@ -161,6 +175,7 @@ void WriteBehind::SwitchOff() {
     if (block != nullptr) directory_->SetLeaving(block.get(), Tier::kDram, false);
   }
   queue_.clear();
+  num_looked_at_ = 0;
 }
 
 void WriteBehind::AddPlaces(std::vector<SlotId> (*places)[kNumTiers]) const {

@@ -64,6 +64,7 @@ class WriteBehind {
   // The disk refused it, or its tenant has no key (any more) to write under.
   bool NeverWritten(const Block& block) const;
   Slot TakeSsdSlot(const Block& incoming);
+  void SealAhead();
   void Start(const BlockRef& block, Slot slot);
 
   Tiers* const tiers_;
@@ -73,6 +74,7 @@ class WriteBehind {
   const Clock* const clock_;
   const uint32_t max_in_flight_;
   std::deque<BlockKey> queue_;  // a block is in it at most once (Copy::leaving)
+  uint32_t num_looked_at_ = 0;  // of queue_: its first ones, by SealAhead
   std::unordered_map<uint64_t, Write> in_flight_;
   uint32_t num_late_ = 0;        // of in_flight_
   std::deque<Resting> resting_;  // in the order of their ends

@@ -122,14 +122,19 @@ void SealSums(const Uuid& uuid, const KvLayout& layout, const BlockKey& key, std
   }
 }
 
-void SealBlock(const Uuid& uuid, const KvLayout& layout, SlotId slot, const BlockHeader& header,
-               bool sealed, std::byte* host_slot) {
+void SealSlices(const Uuid& uuid, const KvLayout& layout, const BlockKey& key,
+                std::byte* host_slot) {
+  auto& page = *reinterpret_cast<BlockPage*>(host_slot);
+  for (uint32_t layer = 0; layer < layout.num_layers; ++layer) {
+    page.seals[layer] = SealOfSlice(uuid, layout, key, layer, host_slot);
+  }
+}
+
+void SealHeader(const Uuid& uuid, const KvLayout& layout, SlotId slot, const BlockHeader& header,
+                std::byte* host_slot) {
   BlockPage page = PageOf(layout, slot, header);
   const auto& before = *reinterpret_cast<const BlockPage*>(host_slot);
-  for (uint32_t layer = 0; layer < layout.num_layers; ++layer) {
-    page.seals[layer] =
-        sealed ? before.seals[layer] : SealOfSlice(uuid, layout, header.key, layer, host_slot);
-  }
+  std::copy_n(before.seals.begin(), layout.num_layers, page.seals.begin());
   Seal(uuid, &page);
   std::memcpy(host_slot, &page, sizeof(page));
 }

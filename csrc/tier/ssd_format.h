@@ -127,10 +127,12 @@ void Seal(const Uuid& uuid, BlockPage* page);
 // Turns the sums that stand where the seals of `host_slot` go into seals.
 void SealSums(const Uuid& uuid, const KvLayout& layout, const BlockKey& key, std::byte* host_slot);
 
-// Writes the header page at the front of `host_slot`, with the seals of its payload, or, `sealed`,
-// with those that stand there.
-void SealBlock(const Uuid& uuid, const KvLayout& layout, SlotId slot, const BlockHeader& header,
-               bool sealed, std::byte* host_slot);
+// Seals the slices of `host_slot` as they lie there, in its header page.
+void SealSlices(const Uuid& uuid, const KvLayout& layout, const BlockKey& key,
+                std::byte* host_slot);
+// Completes the header page at the front of `host_slot`, where the seals are.
+void SealHeader(const Uuid& uuid, const KvLayout& layout, SlotId slot, const BlockHeader& header,
+                std::byte* host_slot);
 
 // Whether layer `layer` in `host_slot` is what the header `page` says.
 bool IsSealed(const Uuid& uuid, const KvLayout& layout, const BlockPage& page, uint32_t layer,

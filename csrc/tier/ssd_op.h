@@ -15,7 +15,7 @@ struct SsdOp {
   IoOp kind = IoOp::kRead;
   bool probe = false;
   SlotId slot = kNoSlot;
-  BlockHeader header;
+  BlockHeader header = {};
   uint32_t first_layer = 0, num_layers = 0;
   std::byte* host_slot = nullptr;
   uint64_t tag = 0;

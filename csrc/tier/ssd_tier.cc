@@ -48,6 +48,10 @@ class SsdTierImpl : public SsdTier {
     return file_->index() ? &*file_->index() : nullptr;
   }
   const std::vector<SlotDamage>& damaged() const override { return damaged_; }
+  bool Seal(const BlockKey& key, std::byte* host_slot) override {
+    if (cipher_ == nullptr) SealSlices(uuid(), layout_, key, host_slot);
+    return cipher_ == nullptr;
+  }
   void StartWrite(SlotId slot, const BlockHeader& header, bool sealed, std::byte* host_slot,
                   uint64_t tag) override;
   void StartRead(SlotId slot, const BlockHeader& header, uint32_t first_layer, uint32_t num_layers,
@@ -159,31 +163,28 @@ void SsdTierImpl::StartWrite(SlotId slot, const BlockHeader& header, bool sealed
                              std::byte* host_slot, uint64_t tag) {
   CA_CHECK(!options_.read_only && slot < num_slots());
   CA_CHECK(header.num_tokens >= 1 && header.num_tokens <= layout_.block_size);
-  if (!cipher_) SealBlock(uuid(), layout_, slot, header, sealed, host_slot);
+  if (!sealed) (void)Seal(header.key, host_slot);
+  if (!cipher_) SealHeader(uuid(), layout_, slot, header, host_slot);
   if (cipher_) host_slot = cipher_->Begin(free_ops_.back(), slot, header, sealed, host_slot);
-  Op op;
-  op.kind = IoOp::kWrite;
-  op.slot = slot;
-  op.header = header;
-  op.num_layers = layout_.num_layers;
-  op.host_slot = host_slot;
-  op.tag = tag;
-  Start(op);
+  Start({.kind = IoOp::kWrite,
+         .slot = slot,
+         .header = header,
+         .num_layers = layout_.num_layers,
+         .host_slot = host_slot,
+         .tag = tag});
 }
 
 void SsdTierImpl::StartRead(SlotId slot, const BlockHeader& header, uint32_t first_layer,
                             uint32_t num_layers, std::byte* host_slot, uint64_t tag) {
   CA_CHECK(slot < num_slots() && num_layers >= 1 && first_layer < layout_.num_layers);
   CA_CHECK(num_layers <= layout_.num_layers - first_layer);
-  Op op;
-  op.kind = IoOp::kRead;
-  op.slot = slot;
-  op.header = header;
-  op.first_layer = first_layer;
-  op.num_layers = num_layers;
-  op.host_slot = host_slot;
-  op.tag = tag;
-  Start(op);
+  Start({.kind = IoOp::kRead,
+         .slot = slot,
+         .header = header,
+         .first_layer = first_layer,
+         .num_layers = num_layers,
+         .host_slot = host_slot,
+         .tag = tag});
 }
 
 void SsdTierImpl::StartProbe(uint64_t tag) {
@@ -193,12 +194,7 @@ void SsdTierImpl::StartProbe(uint64_t tag) {
   for (uint64_t i = 0; i < kPage; i += sizeof(now_ns)) {
     std::memcpy(probe_pages_.get() + i, &now_ns, sizeof(now_ns));
   }
-  Op op;
-  op.kind = IoOp::kWrite;
-  op.probe = true;
-  op.host_slot = probe_pages_.get();
-  op.tag = tag;
-  Start(op);
+  Start({.kind = IoOp::kWrite, .probe = true, .host_slot = probe_pages_.get(), .tag = tag});
 }
 
 void SsdTierImpl::Poll(std::vector<SsdCompletion>* out, int64_t timeout_us) {

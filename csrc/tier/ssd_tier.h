@@ -136,6 +136,9 @@ class CA_API SsdTier {
   // Slots whose header page the last scan read and found damaged, or could not read; by slot.
   virtual const std::vector<SlotDamage>& damaged() const = 0;
 
+  // Seals the payload in `host_slot` ahead of StartWrite, which else does it. False: not here, the
+  // store is encrypted.
+  virtual bool Seal(const BlockKey& key, std::byte* host_slot) = 0;
   // Writes a whole block: fills the header page at the front of `host_slot` (seals included, unless
   // `sealed`) and writes header and payload. `host_slot` must not change until the completion.
   // REQUIRES: can_submit().

@@ -41,6 +41,17 @@ TEST(SliceSum, IsThatOfItsLeaves) {
   }
 }
 
+TEST(SliceSum, IsTheSameByEveryInstructionSet) {
+  std::mt19937_64 random(3);
+  for (int i = 0; i < 100; ++i) {
+    const Words leaf = RandomWords(&random, kLeafBytes / 8);
+    const uint64_t sum = FullLeafSumSse2(BytesOf(leaf).data(), &TheLeafSecret());
+    EXPECT_EQ(LeafSum(BytesOf(leaf)), sum);
+    if (!__builtin_cpu_supports("avx2")) continue;
+    EXPECT_EQ(FullLeafSumAvx2(BytesOf(leaf).data(), &TheLeafSecret()), sum);
+  }
+}
+
 TEST(SliceSum, AnyFlippedBitChangesIt) {
   std::mt19937_64 random(2);
   for (const uint64_t words : {3, 512, 700, 513 * 512}) {

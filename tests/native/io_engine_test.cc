@@ -17,6 +17,7 @@
 
 #include "csrc/base/clock.h"
 #include "csrc/io/direct_file.h"
+#include "csrc/io/io_queue.h"
 #include "tests/native/testing/faulty_engine.h"
 #include "tests/native/testing/temp_dir.h"
 
@@ -250,6 +251,44 @@ TEST(DirectFile, RefusesWhatIsNotARegularFile) {
   EXPECT_NE(message("link").find("symbolic link"), std::string::npos) << message("link");
   EXPECT_NE(message("fifo").find("not a regular file"), std::string::npos) << message("fifo");
   EXPECT_NE(message("absent").find("No such file"), std::string::npos) << message("absent");
+}
+
+// Says what it was given, and finishes nothing.
+class IdleEngine final : public IoEngine {
+ public:
+  void Submit(const IoRequest& request) override { tags.push_back(request.tag); }
+  size_t Poll(std::span<IoCompletion>, int64_t) override { return 0; }
+  uint32_t depth() const override { return 64; }
+  uint32_t in_flight() const override { return static_cast<uint32_t>(tags.size()); }
+  const char* name() const override { return "idle"; }
+  const std::string& why() const override { return why_; }
+
+  std::vector<uint64_t> tags;
+
+ private:
+  const std::string why_;
+};
+
+TEST(IoQueue, ReadsOvertakeWritesThatWait) {
+  constexpr uint32_t kSize = IoQueue::kFirstBytes;
+  IdleEngine engine;
+  IoQueue queue(&engine);
+  const auto push = [&](IoOp op, uint64_t tag) { queue.Push({op, 0, nullptr, kSize, tag}); };
+  push(IoOp::kWrite, 1);
+  queue.Submit();
+  push(IoOp::kWrite, 2);
+  push(IoOp::kWrite, 3);
+  push(IoOp::kRead, 4);
+  push(IoOp::kRead, 5);
+  EXPECT_EQ(queue.Submit().size(), 0u) << "the engine has its fill";
+  for (int i = 0; i < 4; ++i) {
+    queue.Release(kSize);
+    queue.Submit();
+  }
+  EXPECT_EQ(engine.tags, (std::vector<uint64_t>{1, 4, 5, 2, 3}));
+  push(IoOp::kWrite, 6);
+  EXPECT_TRUE(queue.Drop(6));
+  EXPECT_FALSE(queue.Drop(6)) << "it is gone";
 }
 
 }  // namespace

@@ -43,7 +43,8 @@ TEST(SsdFormat, AnyFlippedBitOfAHeaderIsFound) {
   const Uuid uuid = {1, 2, 3};
   HostSlot host;
   host.Fill(SmallLayout(), 1);
-  SealBlock(uuid, SmallLayout(), 5, HeaderOfBlock(1), false, host.data());
+  SealSlices(uuid, SmallLayout(), HeaderOfBlock(1).key, host.data());
+  SealHeader(uuid, SmallLayout(), 5, HeaderOfBlock(1), host.data());
   auto& page = *reinterpret_cast<BlockPage*>(host.data());
   ASSERT_TRUE(CheckBlockPage(uuid, SmallLayout(), 5, page).ok());
   EXPECT_TRUE(HeaderOf(page) == HeaderOfBlock(1));

@@ -1,5 +1,6 @@
 // Turns at full speed on real engines, with faults among them: every byte that is read is right,
-// and nothing grows. Made for sanitizers (short), and for a soak (long):
+// nothing grows, and the files stay within their bound. Made for sanitizers (short), and for a soak
+// (long):
 //
 //   CACHEDATTN_STRESS_OPS    block operations in all: blocks found, published, read or written
 //                            (default 200,000, under a sanitizer 50,000; a soak: 50,000,000)
@@ -7,6 +8,7 @@
 //
 // Ends with one line. From 10 million operations on, memory must be flat: less than 1 MiB for what
 // an hour brings at 2000 block operations a second.
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -71,7 +73,7 @@ class Load {
       Open();
     }
     if (Random(500) == 0) Break();
-    if (Random(1000) == 0) store_->CheckInvariants();
+    if (Random(1000) == 0) Check();
     clock_.Advance(ManualClock::kSecond / 10);
   }
 
@@ -141,6 +143,17 @@ class Load {
   }
 
   void Drop(Tier tier) { store_->DropTier(tier); }
+
+  void Check() {
+    store_->CheckInvariants();
+    uint64_t on_disk = 0;
+    for (const auto& file : std::filesystem::directory_iterator(options_.path)) {
+      struct stat facts;
+      ASSERT_EQ(::stat(file.path().c_str(), &facts), 0);
+      on_disk += static_cast<uint64_t>(facts.st_blocks) * 512;
+    }
+    EXPECT_LE(on_disk, options_.ssd_bytes + kPage) << "and the page of LOCK";
+  }
 
   void Break() {
     plan_.Add({.op = Random(2) ? IoOp::kRead : IoOp::kWrite,
