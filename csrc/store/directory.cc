@@ -16,9 +16,14 @@ void Directory::Reserve(uint32_t num_blocks) {
   blocks_.reserve(blocks_.bucket_count() + num_blocks);
 }
 
-BlockRef Directory::Find(const BlockKey& key) const {
+const BlockRef* Directory::Peek(const BlockKey& key) const {
   const auto it = blocks_.find(key);
-  return it == blocks_.end() ? nullptr : *it;
+  return it == blocks_.end() ? nullptr : &*it;
+}
+
+BlockRef Directory::Find(const BlockKey& key) const {
+  const BlockRef* block = Peek(key);
+  return block == nullptr ? nullptr : *block;
 }
 
 BlockRef Directory::Insert(uint32_t tenant, const BlockKey& key, const BlockKey& parent,

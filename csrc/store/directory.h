@@ -79,6 +79,9 @@ class Directory {
 
   // The listed block, or nullptr.
   BlockRef Find(const BlockKey& key) const;
+  // The same without a reference of the caller's own, until the directory changes. For many at a
+  // time: counting references keeps a processor from looking ahead to the next one in memory.
+  const BlockRef* Peek(const BlockKey& key) const;
   // Lists a block without copies; the caller begins to fill one at once. `follows`: the block of
   // `parent` comes before it in the context too.
   BlockRef Insert(uint32_t tenant, const BlockKey& key, const BlockKey& parent, uint32_t num_tokens,

@@ -23,29 +23,31 @@ History FindHistory(const Directory& directory, const Chain& chain, uint32_t lim
   limit = std::min(limit, chain.num_tokens());
   const uint32_t block_size = chain.block_size();
   uint32_t num_full = limit / block_size;
-  std::vector<BlockRef> blocks(num_full);
+  std::vector<const BlockRef*> blocks(num_full);
   for (uint32_t i = 0; i < num_full; ++i) {
-    blocks[i] = directory.Find(chain.key(i));
-    if (blocks[i] != nullptr && !blocks[i]->resident(ssd)) blocks[i].reset();
+    blocks[i] = directory.Peek(chain.key(i));
+    if (blocks[i] != nullptr && !(*blocks[i])->resident(ssd)) blocks[i] = nullptr;
     // Only a window can leave a missing block out of the context.
     if (blocks[i] == nullptr && chain.truncation().window == 0) num_full = i;
   }
   // The context after `num_tokens` tokens: what is kept of the head, then a run up to the end.
-  const auto build = [&](uint32_t num_tokens, uint32_t full, BlockRef tail) {
+  const auto build = [&](uint32_t num_tokens, uint32_t full, const BlockRef* tail) {
     History history;
-    const std::vector<uint32_t> indices = chain.ContextBlocks(num_tokens);
+    std::vector<uint32_t> indices = chain.ContextBlocks(num_tokens);
+    history.blocks.reserve(indices.size());
     for (uint32_t index : indices) {
-      history.blocks.push_back(index < full ? blocks[index] : tail);
+      const BlockRef* block = index < full ? blocks[index] : tail;
+      if (block == nullptr) return History();
+      history.blocks.push_back(*block);
     }
-    if (std::ranges::find(history.blocks, nullptr) != history.blocks.end()) return History();
     history.num_tokens = num_tokens;
-    history.indices = indices;
+    history.indices = std::move(indices);
     return history;
   };
   for (uint32_t full = num_full;; --full) {
     const uint32_t left = std::min(limit - full * block_size, block_size - 1);
     if (const BlockRef tail = FindTail(directory, chain, full, left, ssd)) {
-      History history = build(full * block_size + tail->num_tokens, full, tail);
+      History history = build(full * block_size + tail->num_tokens, full, &tail);
       if (history.num_tokens > 0) return history;
     }
     if (full == 0) return History();
