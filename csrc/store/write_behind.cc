@@ -123,8 +123,8 @@ void WriteBehind::SealAhead() {
     const BlockRef block = directory_->Find(queue_[num_looked_at_]);
     if (block == nullptr || !block->ready(Tier::kDram)) continue;
     Copy& copy = block->copy(Tier::kDram);
-    if (!copy.sealed)
-      copy.sealed = tiers_->ssd->Seal(block->key, tiers_->dram->slot(copy.slot.id()));
+    if (copy.sealed) continue;
+    copy.sealed = tiers_->ssd->Seal(block->key, tiers_->dram->slot(copy.slot.id()));
   }
 }
 
