@@ -1,5 +1,5 @@
-// IoQueue: requests that wait until an engine has room for them: reads first, since computing waits
-// for those, and first come, first served.
+// IoQueue: requests that wait until an engine has room for them. Reads overtake writes, since
+// computing waits for them, but leave writes a third of what the disk moves: DRAM waits for those.
 //
 // A disk may report all that it was given as finished at once. What waits here by then goes to it
 // before the finished bytes are looked at, so that it works meanwhile. And it finishes the first of
@@ -29,13 +29,12 @@ class IoQueue {
   // Hands over what the engine has room for, and says what that was.
   std::span<const IoRequest> Submit() {
     batch_.clear();
-    for (std::deque<IoRequest>* waiting : {&reads_, &writes_}) {
-      while (!waiting->empty() && bytes_ < limit_ &&
-             engine_.in_flight() + batch_.size() < engine_.depth()) {
-        bytes_ += waiting->front().size;
-        batch_.push_back(waiting->front());
-        waiting->pop_front();
-      }
+    while (!(reads_.empty() && writes_.empty()) && bytes_ < limit_ &&
+           engine_.in_flight() + batch_.size() < engine_.depth()) {
+      std::deque<IoRequest>* next = Next();
+      bytes_ += next->front().size;
+      batch_.push_back(next->front());
+      next->pop_front();
     }
     if (!batch_.empty()) engine_.SubmitAll(batch_);
     return batch_;
@@ -55,10 +54,18 @@ class IoQueue {
   }
 
  private:
+  std::deque<IoRequest>* Next() {
+    const bool write =
+        reads_.empty() || (!writes_.empty() && overtaken_ >= 2 * writes_.front().size);
+    overtaken_ = write || writes_.empty() ? 0 : overtaken_ + reads_.front().size;
+    return write ? &writes_ : &reads_;
+  }
+
   IoEngine& engine_;
   std::deque<IoRequest> reads_, writes_;  // that wait
   std::vector<IoRequest> batch_;
-  uint64_t bytes_ = 0;  // handed over and not released
+  uint64_t bytes_ = 0;      // handed over and not released
+  uint64_t overtaken_ = 0;  // bytes of reads that have gone before the first write
   uint64_t limit_ = kFirstBytes;
 };
 

@@ -269,7 +269,7 @@ class IdleEngine final : public IoEngine {
   const std::string why_;
 };
 
-TEST(IoQueue, ReadsOvertakeWritesThatWait) {
+TEST(IoQueue, ReadsOvertakeWritesButLeaveThemAThird) {
   constexpr uint32_t kSize = IoQueue::kFirstBytes;
   IdleEngine engine;
   IoQueue queue(&engine);
@@ -278,17 +278,17 @@ TEST(IoQueue, ReadsOvertakeWritesThatWait) {
   queue.Submit();
   push(IoOp::kWrite, 2);
   push(IoOp::kWrite, 3);
-  push(IoOp::kRead, 4);
-  push(IoOp::kRead, 5);
+  for (uint64_t tag = 4; tag < 9; ++tag) push(IoOp::kRead, tag);
   EXPECT_EQ(queue.Submit().size(), 0u) << "the engine has its fill";
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 7; ++i) {
     queue.Release(kSize);
     queue.Submit();
   }
-  EXPECT_EQ(engine.tags, (std::vector<uint64_t>{1, 4, 5, 2, 3}));
-  push(IoOp::kWrite, 6);
-  EXPECT_TRUE(queue.Drop(6));
-  EXPECT_FALSE(queue.Drop(6)) << "it is gone";
+  EXPECT_EQ(engine.tags, (std::vector<uint64_t>{1, 4, 5, 2, 6, 7, 3, 8})) << "a third are writes";
+  for (uint64_t tag = 9; tag < 13; ++tag) push(IoOp::kWrite, tag);
+  queue.Submit();
+  EXPECT_TRUE(queue.Drop(12));
+  EXPECT_FALSE(queue.Drop(12)) << "it is gone";
 }
 
 }  // namespace
