@@ -67,6 +67,41 @@ def test_the_next_turn_begins_with_the_exact_ids(engine):
     assert text == engine.tokenizer.render(messages)
 
 
+def play(engine, messages, output, **fields):
+    """A turn that is made to generate `output`."""
+    request = engine.add_request(messages, sampling(len(output), **fields), conversation="a")
+    chosen = iter(output)
+    request.sampler = lambda *_: next(chosen)
+    while not request.finished:
+        engine.step()
+    return request
+
+
+START, END = 256, 257
+
+
+@pytest.mark.parametrize(
+    ("output", "known"),
+    [
+        ([*b"two", START, *b" words", END], 11),  # the client does not see the special token
+        ([*b"two words"], 9),
+        ([*b"two words", START], 10),
+        ([*b"two\xc3"], 4),  # half a character
+        ([*b"two words", 0], 9),  # by a stop token, which no template writes
+        ([*b"two wor#ds"], 0),  # by a stop string: the client has less than was generated
+    ],
+)
+def test_what_the_client_does_not_see_costs_no_history(engine, output, known):
+    messages = [user("first question")]
+    request = play(engine, messages, output, stop=["#"], stop_token_ids=[0])
+    messages += [assistant(request.reply()), user("and then?")]
+    second = engine.add_request(messages, sampling(), conversation="a")
+    count = len(request.prompt_ids) + known
+    assert second.prompt_ids[:count] == request.tokens[:count]
+    text = engine.tokenizer.decode(second.prompt_ids[count:], skip_special_tokens=False)
+    assert engine.tokenizer.render(messages).endswith(text)
+
+
 def test_an_edited_chat_is_tokenised_again(engine):
     first = engine.chat("a", [user("first question")], sampling())
     edited = [user("first question"), {"role": "assistant", "content": "other"}, user("so?")]
