@@ -86,9 +86,11 @@ def test_history(model_path: Path, tmp_path: Path, device: int | str) -> None:
 
 def test_others_go_on_while_history_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    model_path = save_model(tmp_path / "model", layers=4, heads=4, kv_heads=4)
+    model_path = save_model(
+        tmp_path / "model", layers=4, heads=4, kv_heads=4, max_position_embeddings=4096
+    )
     store = ca.StoreConfig(
-        dram="24MiB",
+        dram="48MiB",
         ssd="64MiB",
         path=str(tmp_path / "kv"),
         block_size=BLOCK,
@@ -96,7 +98,7 @@ def test_others_go_on_while_history_is_loaded(tmp_path: Path) -> None:
         io_deadline=30,
         load="always",
     )
-    with open_engine(model_path, store, max_model_len=512) as engine:
+    with open_engine(model_path, store, max_model_len=4096) as engine:
         ids = random_ids(400)
         engine.generate(ids, ANSWER)
         turn = ids + random_ids(8, seed=1)
@@ -104,7 +106,7 @@ def test_others_go_on_while_history_is_loaded(tmp_path: Path) -> None:
         engine.store.flush()
         engine.store.drop_tier("dram")
         other = engine.add_request(
-            random_ids(20, seed=2), ca.SamplingParams(max_tokens=480, ignore_eos=True)
+            random_ids(20, seed=2), ca.SamplingParams(max_tokens=4000, ignore_eos=True)
         )
         engine.step()
         cold = engine.add_request(turn, ANSWER)
