@@ -8,8 +8,8 @@ namespace cachedattn {
 namespace {
 
 class CopyEngineTest : public ::testing::TestWithParam<std::unique_ptr<CopyEngine> (*)()> {};
-INSTANTIATE_TEST_SUITE_P(Engines, CopyEngineTest,
-                         ::testing::Values(&NewHostCopyEngine, &NewInlineCopyEngine));
+INSTANTIATE_TEST_SUITE_P(Host, CopyEngineTest, ::testing::Values(&NewHostCopyEngine));
+INSTANTIATE_TEST_SUITE_P(Inline, CopyEngineTest, ::testing::Values(&NewInlineCopyEngine));
 
 TEST_P(CopyEngineTest, MovesBytesInOrderPerStream) {
   constexpr size_t kCopies = 200, kBytes = 256;

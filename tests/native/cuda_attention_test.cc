@@ -62,7 +62,8 @@ class CudaAttention : public testing::TestWithParam<int> {
     emu::SetComputeCapability(GetParam());
   }
 };
-INSTANTIATE_TEST_SUITE_P(ComputeCapability, CudaAttention, testing::Values(80, 90));
+INSTANTIATE_TEST_SUITE_P(ComputeCapability, CudaAttention, testing::Values(80, 90),
+                         testing::PrintToStringParamName());
 
 TEST_P(CudaAttention, TakesEveryHeadDimAndPairing) {
   uint32_t seed = 0;

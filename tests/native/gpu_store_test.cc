@@ -273,7 +273,8 @@ TEST_P(GpuStoreTest, NothingOvertakes) {
   EXPECT_EQ(store_->stats().checksum_failures, 0u);
   EXPECT_TRUE(store_->Close().ok());
 }
-INSTANTIATE_TEST_SUITE_P(Seeds, GpuStoreTest, ::testing::Range<uint64_t>(1, 37));
+INSTANTIATE_TEST_SUITE_P(Seeds, GpuStoreTest, ::testing::Range<uint64_t>(1, 37),
+                         ::testing::PrintToStringParamName());
 
 }  // namespace
 }  // namespace cachedattn

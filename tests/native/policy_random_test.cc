@@ -234,9 +234,10 @@ TEST_P(PolicyRandomTest, DoesWhatTheModelDoes) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(All, PolicyRandomTest,
-                         testing::Values(PolicyKind::kLookahead, PolicyKind::kLru,
-                                         PolicyKind::kFifo, PolicyKind::kHazard));
+INSTANTIATE_TEST_SUITE_P(Lookahead, PolicyRandomTest, testing::Values(PolicyKind::kLookahead));
+INSTANTIATE_TEST_SUITE_P(Lru, PolicyRandomTest, testing::Values(PolicyKind::kLru));
+INSTANTIATE_TEST_SUITE_P(Fifo, PolicyRandomTest, testing::Values(PolicyKind::kFifo));
+INSTANTIATE_TEST_SUITE_P(Hazard, PolicyRandomTest, testing::Values(PolicyKind::kHazard));
 
 }  // namespace
 }  // namespace cachedattn

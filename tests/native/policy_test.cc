@@ -230,9 +230,10 @@ TEST_P(PolicyTest, AClockThatJumpsYearsIsNoTrouble) {
   EXPECT_EQ(Drain().size(), 1000u);
 }
 
-INSTANTIATE_TEST_SUITE_P(All, PolicyTest,
-                         testing::Values(PolicyKind::kLookahead, PolicyKind::kLru,
-                                         PolicyKind::kFifo, PolicyKind::kHazard));
+INSTANTIATE_TEST_SUITE_P(Lookahead, PolicyTest, testing::Values(PolicyKind::kLookahead));
+INSTANTIATE_TEST_SUITE_P(Lru, PolicyTest, testing::Values(PolicyKind::kLru));
+INSTANTIATE_TEST_SUITE_P(Fifo, PolicyTest, testing::Values(PolicyKind::kFifo));
+INSTANTIATE_TEST_SUITE_P(Hazard, PolicyTest, testing::Values(PolicyKind::kHazard));
 
 }  // namespace
 }  // namespace cachedattn

@@ -158,7 +158,8 @@ void ExpectRefused(const char* name, const std::string& text,
 }
 
 class PlantedTest : public ::testing::TestWithParam<const char*> {};
-INSTANTIATE_TEST_SUITE_P(Files, PlantedTest, ::testing::Values("blocks", "LOCK"));
+INSTANTIATE_TEST_SUITE_P(Files, PlantedTest, ::testing::Values("blocks", "LOCK"),
+                         [](const auto& info) { return std::string(info.param); });
 
 std::string Victim(const std::string& path) {
   return fs::path(path).parent_path().parent_path() / "victim";

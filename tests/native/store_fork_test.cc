@@ -48,8 +48,8 @@ std::string UseAll(std::unique_ptr<AttentionStore> store, std::unique_ptr<Turn> 
 }
 
 class StoreForkTest : public ::testing::TestWithParam<IoKind> {};
-INSTANTIATE_TEST_SUITE_P(Engines, StoreForkTest,
-                         ::testing::Values(IoKind::kAuto, IoKind::kThreads));
+INSTANTIATE_TEST_SUITE_P(Auto, StoreForkTest, ::testing::Values(IoKind::kAuto));
+INSTANTIATE_TEST_SUITE_P(Threads, StoreForkTest, ::testing::Values(IoKind::kThreads));
 
 // The parent's turns go on through forks at random moments, with reads and writes under way.
 TEST_P(StoreForkTest, TheParentGoesOn) {
