@@ -13,7 +13,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
-#include <random>
 
 #include "csrc/store/attention_store.h"
 #include "csrc/store/open_store.h"
@@ -157,7 +156,8 @@ Row Measure(uint32_t num_conversations) {
   Row row{.blocks = num_conversations * kConversation};
   StoreOptions options;
   options.layout = kLayout;
-  options.dram_bytes = 4 * kConversation * kLayout.host_slot_bytes();
+  // For one conversation: a turn finds its history on SSD alone, however few blocks there are.
+  options.dram_bytes = (kConversation + kConversation / 4) * kLayout.host_slot_bytes();
   const double memory = MallocBytes(), start = CpuNow();
   double scan_s = 0;
   auto opened = OpenStoreOn(options, std::make_unique<NullSsd>(row.blocks, &scan_s), nullptr);
@@ -167,12 +167,11 @@ Row Measure(uint32_t num_conversations) {
   row.bytes = (MallocBytes() - memory) / row.blocks;
 
   // A queue that moves up: each time the head has left and another conversation joins the end.
-  std::mt19937 random(1);
   std::vector<std::shared_ptr<Chain>> chains;
   for (uint32_t i = 0; i < 4 * kWaiting; ++i) {
     chains.push_back(store->NewChain("", {}));
-    chains.back()->Append(TokensOf(static_cast<uint32_t>(random()) % num_conversations,
-                                   kConversation * kLayout.block_size));
+    chains.back()->Append(
+        TokensOf(i * 2654435761u % num_conversations, kConversation * kLayout.block_size));
     chains.back()->Append(std::vector<TokenId>{static_cast<TokenId>(i)});
   }
   const auto chain = [&](size_t i) { return chains[i % chains.size()]; };

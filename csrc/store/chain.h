@@ -46,6 +46,7 @@ class CA_API Chain {
   uint32_t block_size() const { return block_size_; }
   const Truncation& truncation() const { return truncation_; }
 
+  std::span<const BlockKey> keys() const { return keys_; }  // of full blocks
   const BlockKey& key(uint32_t block) const { return keys_[block]; }
   // The key before `block`: the root for block 0.
   const BlockKey& parent_key(uint32_t block) const { return block ? keys_[block - 1] : root_; }

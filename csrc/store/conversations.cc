@@ -7,22 +7,20 @@
 namespace cachedattn {
 
 Conversation HoldConversation(Policy* policy, const Directory& directory, const Chain& chain,
-                              uint32_t tenant, const History& history) {
+                              uint32_t tenant, const Block* history_end) {
   if (chain.conversation() != 0) return policy->Hold(chain.conversation(), tenant);
-  if (history.blocks.empty() || !directory.ends_chain(*history.blocks.back())) {
-    return kNoConversation;
-  }
-  const Conversation owner = history.blocks.back()->owner;
-  policy->Hold(owner);
-  return owner;
+  if (history_end == nullptr || !directory.ends_chain(*history_end)) return kNoConversation;
+  policy->Hold(history_end->owner);
+  return history_end->owner;
 }
 
 Conversation HoldWaiting(Policy* policy, Directory* directory, const Chain& chain, bool ssd) {
-  const History history = chain.conversation() != 0
-                              ? History()
-                              : FindHistory(*directory, chain, chain.num_tokens() - 1, ssd);
+  BlockRef end;
+  if (chain.conversation() == 0) {
+    end = FindHistoryEnd(*directory, chain, chain.num_tokens() - 1, ssd);
+  }
   return HoldConversation(policy, *directory, chain, directory->TenantIndex(chain.tenant()),
-                          history);
+                          end.get());
 }
 
 void RestoreConversations(Policy* policy, Directory* directory, std::span<const BlockRef> blocks) {

@@ -8,10 +8,10 @@
 
 namespace cachedattn {
 
-// The conversation of a turn over `chain`, held: by its name, else the one whose end the turn goes
-// on from. kNoConversation when there is neither.
+// The conversation of a turn over `chain` after `history_end` (nullptr: there is no history), held:
+// by its name, else the one whose end the turn goes on from. kNoConversation when there is neither.
 Conversation HoldConversation(Policy* policy, const Directory& directory, const Chain& chain,
-                              uint32_t tenant, const History& history);
+                              uint32_t tenant, const Block* history_end);
 
 // The same of a chain that waits.
 Conversation HoldWaiting(Policy* policy, Directory* directory, const Chain& chain, bool ssd);

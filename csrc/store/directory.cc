@@ -12,17 +12,10 @@ void BlockPin::Release() {
 Directory::Directory(uint32_t block_size, Policy* policy)
     : block_size_(block_size), policy_(policy) {}
 
-void Directory::Reserve(uint32_t num_blocks) {
-  blocks_.reserve(blocks_.bucket_count() + num_blocks);
-}
-
-const BlockRef* Directory::Peek(const BlockKey& key) const {
-  const auto it = blocks_.find(key);
-  return it == blocks_.end() ? nullptr : &*it;
-}
+void Directory::Reserve(uint32_t num_blocks) { blocks_.Reserve(blocks_.capacity() + num_blocks); }
 
 BlockRef Directory::Find(const BlockKey& key) const {
-  const BlockRef* block = Peek(key);
+  const BlockRef* block = blocks_.Find(key);
   return block == nullptr ? nullptr : *block;
 }
 
@@ -41,7 +34,7 @@ BlockRef Directory::Insert(uint32_t tenant, const BlockKey& key, const BlockKey&
   if (const auto node = orphans_.extract(key); !node.empty()) {
     for (uint32_t t = 0; t < kNumTiers; ++t) block->copies[t].followers = node.mapped()[t];
   }
-  CA_CHECK(blocks_.insert(block).second);
+  blocks_.Insert(block);
   if (part_filled(*block)) ++partials_[parent][num_tokens];
   SetOwner(block.get(), owner);
   return block;
@@ -155,7 +148,7 @@ void Directory::Unlist(Block* block) {
   }
   replaced_.erase(block);
   const BlockKey key = block->key;
-  blocks_.erase(blocks_.find(key));  // the block may go with its entry
+  blocks_.Erase(key);  // the block may go with its entry
   if (followers != std::array<uint32_t, kNumTiers>{}) orphans_[key] = followers;
 }
 
@@ -305,10 +298,10 @@ void Directory::CheckInvariants(std::vector<SlotId> (*places)[kNumTiers]) const 
     }
     CA_CHECK(any || !listed);
   };
-  for (const BlockRef& block : blocks_) {
-    visit(*block, true);
-    num_partials += part_filled(*block);
-  }
+  ForEach([&](const Block& block) {
+    visit(block, true);
+    num_partials += part_filled(block);
+  });
   for (const auto& weak : forgotten_) {
     if (const BlockRef block = weak.lock()) visit(*block, false);
   }

@@ -16,11 +16,10 @@
 #include <memory>
 #include <optional>
 #include <unordered_map>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
-#include "csrc/store/block.h"
+#include "csrc/store/block_table.h"
 #include "csrc/tier/ssd_tier.h"
 
 namespace cachedattn {
@@ -79,9 +78,11 @@ class Directory {
 
   // The listed block, or nullptr.
   BlockRef Find(const BlockKey& key) const;
-  // The same without a reference of the caller's own, until the directory changes. For many at a
-  // time: counting references keeps a processor from looking ahead to the next one in memory.
-  const BlockRef* Peek(const BlockKey& key) const;
+  // The same for one key after the other until visit(index, block) is false, `block` valid until
+  // the directory changes.
+  void FindEach(std::span<const BlockKey> keys, const auto& visit) const {
+    blocks_.FindEach(keys, visit);
+  }
   // Lists a block without copies; the caller begins to fill one at once. `follows`: the block of
   // `parent` comes before it in the context too.
   BlockRef Insert(uint32_t tenant, const BlockKey& key, const BlockKey& parent, uint32_t num_tokens,
@@ -135,9 +136,7 @@ class Directory {
   // it is `on_ssd` itself, or there is no SSD tier.
   void DropReplaced(Block* block, bool on_ssd);
 
-  void ForEach(const auto& visit) const {
-    for (const BlockRef& block : blocks_) visit(*block);
-  }
+  void ForEach(const auto& visit) const { blocks_.ForEach(visit); }
   size_t num_blocks() const { return blocks_.size(); }
   uint32_t num_pinned(Tier tier) const { return num_pinned_[Index(tier)]; }
 
@@ -146,15 +145,6 @@ class Directory {
 
  private:
   friend class BlockPin;
-
-  // The key is kept in the block alone.
-  struct ByKey {
-    using is_transparent = void;
-    static const BlockKey& KeyOf(const BlockKey& key) { return key; }
-    static const BlockKey& KeyOf(const BlockRef& block) { return block->key; }
-    size_t operator()(const auto& a) const { return DigestHash()(KeyOf(a)); }
-    bool operator()(const auto& a, const auto& b) const { return KeyOf(a) == KeyOf(b); }
-  };
 
   // Linked by Copy::next and Copy::previous.
   struct List {
@@ -182,7 +172,7 @@ class Directory {
 
   const uint32_t block_size_;
   Policy* const policy_;
-  std::unordered_set<BlockRef, ByKey, ByKey> blocks_;
+  BlockTable blocks_;
   // By parent and number of tokens: how many part-filled blocks there are.
   std::unordered_map<BlockKey, std::map<uint32_t, uint32_t, std::greater<>>, DigestHash> partials_;
   std::unordered_map<const Block*, std::vector<BlockKey>> replaced_;  // by the longer block

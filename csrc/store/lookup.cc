@@ -24,12 +24,15 @@ History FindHistory(const Directory& directory, const Chain& chain, uint32_t lim
   const uint32_t block_size = chain.block_size();
   uint32_t num_full = limit / block_size;
   std::vector<const BlockRef*> blocks(num_full);
-  for (uint32_t i = 0; i < num_full; ++i) {
-    blocks[i] = directory.Peek(chain.key(i));
-    if (blocks[i] != nullptr && !(*blocks[i])->resident(ssd)) blocks[i] = nullptr;
-    // Only a window can leave a missing block out of the context.
-    if (blocks[i] == nullptr && chain.truncation().window == 0) num_full = i;
-  }
+  directory.FindEach(chain.keys().first(num_full), [&](size_t i, const BlockRef* block) {
+    if (block != nullptr && (*block)->resident(ssd)) {
+      blocks[i] = block;
+    } else if (chain.truncation().window == 0) {  // only a window can leave one out of the context
+      num_full = static_cast<uint32_t>(i);
+      return false;
+    }
+    return true;
+  });
   // The context after `num_tokens` tokens: what is kept of the head, then a run up to the end.
   const auto build = [&](uint32_t num_tokens, uint32_t full, const BlockRef* tail) {
     History history;
@@ -56,6 +59,30 @@ History FindHistory(const Directory& directory, const Chain& chain, uint32_t lim
       if (history.num_tokens > 0) return history;
     }
   }
+}
+
+BlockRef FindHistoryEnd(const Directory& directory, const Chain& chain, uint32_t limit, bool ssd) {
+  if (chain.truncation().window != 0) {
+    const History history = FindHistory(directory, chain, limit, ssd);
+    return history.blocks.empty() ? nullptr : history.blocks.back();
+  }
+  limit = std::min(limit, chain.num_tokens());
+  const uint32_t block_size = chain.block_size();
+  BlockRef end;
+  uint32_t full = 0;  // so many first blocks are resident
+  for (uint32_t missing = limit / block_size; full < missing;) {
+    const uint32_t middle = (full + missing) / 2;
+    BlockRef block = directory.Find(chain.key(middle));
+    if (block != nullptr && block->resident(ssd)) {
+      end = std::move(block);
+      full = middle + 1;
+    } else {
+      missing = middle;
+    }
+  }
+  const uint32_t left = std::min(limit - full * block_size, block_size - 1);
+  BlockRef tail = FindTail(directory, chain, full, left, ssd);
+  return tail != nullptr ? tail : end;
 }
 
 Tier ServingTier(const Block& block) {

@@ -51,10 +51,10 @@ bool Prefetcher::WantMore() {
     const Chain& chain = *waiting_[next_++];
     if (there_.contains(&chain)) continue;
     const History history = FindHistory(*directory_, chain, chain.num_tokens() - 1, true);
-    Conversation conversation = HoldConversation(policy_, *directory_, chain,
-                                                 directory_->TenantIndex(chain.tenant()), history);
+    Conversation conversation = HoldConversation(
+        policy_, *directory_, chain, directory_->TenantIndex(chain.tenant()), history.end());
     const bool own = conversation != kNoConversation;
-    if (!own && !history.blocks.empty()) conversation = history.blocks.back()->owner;
+    if (!own && history.end() != nullptr) conversation = history.end()->owner;
     bool there = true;
     std::vector<Conversation> owners;
     for (const BlockRef& block : history.blocks) {

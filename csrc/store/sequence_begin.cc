@@ -104,7 +104,7 @@ Status SequenceImpl::TakeHistory(const History& history, BlockRange again) {
 void SequenceImpl::Join(const History& history) {
   Policy* policy = core_->policy.get();
   prompt_tokens_ = chain_->num_tokens();
-  conversation_ = HoldConversation(policy, core_->directory, *chain_, tenant_, history);
+  conversation_ = HoldConversation(policy, core_->directory, *chain_, tenant_, history.end());
   if (conversation_ == kNoConversation) conversation_ = policy->Hold(0, tenant_);
   policy->Begin(conversation_);
   for (uint32_t i = 0; i < history.blocks.size(); ++i) {

@@ -193,3 +193,16 @@ store_mutant(sum_of_the_copy store/write_behind.cc gpu_store_test *WhatWasNotCom
   [=[false,]=])
 store_mutant(sum_of_the_copy_encrypted tier/block_cipher.cc gpu_store_test *WhatWasNotComputed*
   [=[      page.seals[aad.layer] = {};]=] "")
+
+# ---- the table of blocks ----
+
+store_mutant(hole_not_closed store/block_table.cc block_table_test *HoldsWhatAMapHolds
+  [=[    places_[hole] = std::move(places_[i]);
+    hole = i;]=]
+  [=[    break;]=])
+store_mutant(hash_for_key store/block_table.cc block_table_test *HoldsWhatAMapHolds
+  [=[places_[i].hash == hash && places_[i].block->key == key) return]=]
+  [=[places_[i].hash == hash) return]=])
+store_mutant(bisection_off_by_one store/lookup.cc lookup_test *TheEndIsTheLastBlock*
+  [=[full = middle + 1;]=]
+  [=[missing = middle;]=])
