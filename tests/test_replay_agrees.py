@@ -328,8 +328,10 @@ def test_differences_show(model_path: Path, tmp_path: Path, seed: int) -> None:
     others += [replace(setup, policy="lru"), replace(setup, policy="fifo")]
     for other in others:
         assert play_replay(other, trace).events != live.events, other
+    # Of the last turn whose tail found room to be saved.
+    turn = max(e[4] for e in live.events if e[0] == "publish" and e[3] < BLOCK)
     longer = {**trace.columns, "prompt": trace.columns["prompt"].copy()}
-    longer["prompt"][-1] += 1
+    longer["prompt"][turn - 1] += 1
     assert play_replay(setup, replace(trace, columns=longer)).events != live.events
     alone = {**trace.columns, "arrival_s": 100 * trace.columns["arrival_s"]}
     alone["think_s"] = 100 * trace.columns["think_s"]

@@ -63,6 +63,8 @@ TEST_F(BlockTableTest, HoldsWhatAMapHolds) {
   for (int i = 0; i < 20000; ++i) {
     const uint32_t number = random() % kNumbers;
     const auto it = model_.find(number);
+    const BlockRef* const found = table_.Find(Key(number));
+    ASSERT_EQ(found == nullptr, it == model_.end());
     if (it == model_.end()) {
       BlockRef block = NewBlock(number);
       block->depth = number;
